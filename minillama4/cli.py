@@ -1,0 +1,100 @@
+"""The command line: `minillama4 ask | demo | train | bench`. Bad input is one line on stderr and exit code 2."""
+
+import argparse
+import sys
+from importlib.resources import files
+
+# Commands import what they need when they run, so that `minillama4 --help` answers at once.
+
+DEMO = (  # bundled picture, question, the right answer
+    ("one.png", "How many circles are there?", None),
+    ("two.png", "Où est le triangle bleu ?", None),
+    ("three.png", "Is the red star left of the green square?", None),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for a wrong result of `demo`, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except (ValueError, OSError) as error:
+        print(f"minillama4: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("minillama4: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minillama4", description="A compact Llama 4 that runs on a laptop.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    ask = commands.add_parser("ask", help="ask a trained model about a picture")
+    ask.add_argument("picture", help="a PNG or JPEG file, or - for a question without a picture")
+    ask.add_argument("question", help="in English, French, Hindi or Arabic")
+    ask.add_argument("--model", default="mini-scout", help="a preset that ships weights, or a checkpoint folder")
+    ask.add_argument("--explain", action="store_true", help="show the token layout, each token's experts, and the time")
+    ask.set_defaults(run=_ask)
+
+    demo = commands.add_parser("demo", help="ask mini-scout about three bundled pictures")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train a mini model from nothing, or go on with a stopped run")
+    train.add_argument("preset", help="mini-scout or mini-maverick")
+    train.add_argument("--out", help="folder of the run (default: runs/PRESET)")
+    train.add_argument("--steps", type=_positive, help="training steps (default: the recipe's)")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=_train)
+
+    bench = commands.add_parser("bench", help="measure speed beside transformers, with equal results")
+    bench.add_argument("what", choices=["cpu", "long"], help="cpu: ratios; long: memory of a 1M-token prompt")
+    bench.add_argument("--json", metavar="FILE", help="write the result there too")
+    bench.add_argument("--rounds", type=_positive, help="timed rounds of each case")
+    bench.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return value
+
+
+def _ask(options) -> int:
+    from .ask import ask, explain
+
+    picture = None if options.picture == "-" else options.picture
+    print((explain if options.explain else ask)(picture, options.question, options.model))
+    return 0
+
+
+def _demo(options) -> int:
+    from .ask import ask
+
+    wrong = 0
+    for name, question, expected in DEMO:
+        answer = ask(str(files("minillama4") / "pictures" / name), question)
+        right = answer == expected
+        wrong += not right
+        print(f"{name:<10} {question:<46} {answer}" + ("" if right else f"   (right would be: {expected})"))
+    return 1 if wrong else 0
+
+
+def _train(options) -> int:
+    from .train_command import train_command
+
+    print(train_command(options.preset, options.out, options.steps, options.seed))
+    return 0
+
+
+def _bench(options) -> int:
+    from .bench import bench_command
+
+    return bench_command(options.what, options.json, options.rounds, options.quick)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Mixture of experts: each token gets one routed expert, and all tokens share one more.
+
+Shapes: T tokens (batch and time flattened), D hidden size, F expert width, E experts.
+Source: Meta's `models/llama4/moe.py`; Llama 4 has no softmax here and no weight on an expert's output. Meta's and
+Hugging Face's code run every expert on every token; only the chosen ones are computed here, with the same result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
+    """Rows sorted by expert, each group times its own matrix: [T, D], [E, D, F] -> [T, F].
+
+    counts_E: how many rows each expert has; 0 is fine. The single door to faster backends.
+    """
+    groups = zip(x_TD.split(counts_E), w_EDF.unbind(0), strict=True)
+    return torch.cat([x @ w for x, w in groups if len(x)])
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). A dense layer, and the shared expert."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks whose weights lie in two tensors, used as `x @ W` (so not `nn.Linear`)."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * width))  # gate first, then up
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden_size))
+
+    def forward(self, x_TD: Tensor, expert_T: Tensor) -> Tensor:
+        """Send each token through its own expert; the others cost nothing.
+
+        Sorting by expert turns the tokens into E contiguous groups, of which any may be empty.
+        """
+        if len(x_TD) == 1:  # decode: nothing to sort
+            expert = int(expert_T)
+            gate_TF, up_TF = (x_TD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+            return (F.silu(gate_TF) * up_TF) @ self.down_proj[expert]
+        order_T = expert_T.argsort(stable=True)
+        counts_E = torch.bincount(expert_T, minlength=len(self.down_proj)).tolist()
+        gate_TF, up_TF = grouped_mm(x_TD[order_T], self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        y_TD = grouped_mm(F.silu(gate_TF) * up_TF, self.down_proj, counts_E)
+        return torch.empty_like(y_TD).index_copy(0, order_T, y_TD)  # back to token order
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert of one layer."""
+
+    def __init__(self, hidden_size: int, num_experts: int, expert_width: int):
+        super().__init__()
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.experts = Experts(num_experts, hidden_size, expert_width)
+        self.shared_expert = FeedForward(hidden_size, expert_width)
+        self.probe = None  # set by `trace`: called with the very routes that are about to be used
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, tokens, D] -> [batch, tokens, D]."""
+        x_TD = x.flatten(0, -2)
+        logits_TE = self.router(x_TD)
+        logit_T, expert_T = logits_TE.max(dim=-1)  # of equal logits, the first expert wins
+        score_T = logit_T.float().sigmoid().type_as(x)  # a sigmoid of the winner alone, not a softmax over experts
+        if self.probe is not None:
+            self.probe(x.shape[:-1], logits_TE, expert_T, score_T)
+        # The score scales what goes IN. Scaling the output is a different function: SwiGLU is not linear.
+        routed_TD = self.experts(x_TD * score_T[:, None], expert_T)
+        return (routed_TD + self.shared_expert(x_TD)).view_as(x)

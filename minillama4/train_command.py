@@ -1,0 +1,134 @@
+"""`minillama4 train PRESET`: tokenizer, training, rounding to bf16, scores, and the card that goes with the weights."""
+
+import json
+import platform
+import shlex
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from . import scenes
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Llama4Config
+from .documents import Writer
+from .evaluate import report_card
+from .tokenizer import load_tokenizer, train_tokenizer
+from .train import Recipe, train, write_atomically
+
+RECIPES = {"mini-scout": Recipe(), "mini-maverick": Recipe()}
+
+# What mini-scout must reach on held-out pictures, after rounding: (what, its value in a card, at least).
+GOALS = (
+    ("attribute", lambda c: c["full"]["kind"]["attribute"], 0.90),
+    ("place", lambda c: c["full"]["kind"]["place"], 0.90),
+    ("relation", lambda c: c["full"]["kind"]["relation"], 0.75),
+    ("count", lambda c: c["full"]["kind"]["count"], 0.75),
+    ("worst language against the mean", lambda c: min(c["full"]["language"].values()) - c["full"]["mean"], -0.10),
+    ("chance + 5 points against another picture, worst kind",
+     lambda c: min(c["chance"][k] + 0.05 - c["another picture"]["kind"][k] for k in c["chance"]), 0.0),
+    ("lost with NoPE layers off", lambda c: c["full"]["mean"] - c["nope layers off"]["mean"], 0.20),
+    ("lost with random experts", lambda c: c["full"]["mean"] - c["random experts"]["mean"], 0.20),
+    ("smallest load entropy of a layer", lambda c: c["smallest load entropy"], 0.80),
+    ("smallest share of an expert", lambda c: c["smallest expert share"], 0.01),
+)
+
+
+def train_command(preset: str, out: str | None, steps: int | None, seed: int) -> str:
+    """Train (or go on), and write `checkpoint/` with weights, tokenizer, card.json and card.md. Returns the card's text.
+
+    ValueError: a preset that has no recipe, or a folder that holds a run of another recipe.
+    """
+    if preset not in RECIPES:
+        Llama4Config.preset(preset)  # an unknown name gets the nearest ones
+        raise ValueError(f"preset is {preset!r}; only {' and '.join(RECIPES)} are small enough to train here")
+    recipe = replace(RECIPES[preset], seed=seed, **({"steps": steps} if steps else {}))
+    folder = Path(out or f"runs/{preset}")
+    command = ["minillama4", "train", preset, *(["--steps", str(steps)] if steps else []), "--seed", str(seed)]
+    config, tokens = Llama4Config.preset(preset), folder / "tokenizer"
+    if not (tokens / "tokenizer.json").is_file():
+        train_tokenizer(scenes.words()).save(tokens)
+    tokenizer = load_tokenizer(tokens)
+
+    model = train(config, tokens, recipe, folder)
+    with safe_open(folder / "state.safetensors", "pt") as state:
+        minutes = float(state.metadata()["seconds"]) / 60
+    save_checkpoint(model, folder / "checkpoint", tokenizer, dtype=torch.bfloat16)
+    plot_loss(folder / "loss.csv", folder / "checkpoint" / "loss.png")
+    stored = load_checkpoint(folder / "checkpoint")  # scored as stored: rounded to bf16
+    card = {
+        "preset": preset,
+        "command": shlex.join(command),
+        "recipe": asdict(recipe),
+        "minutes": round(minutes, 1),
+        "machine": f"{recipe.workers} CPU cores, fp32, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data_sha256": scenes.data_fingerprint(),
+        **_rounded(report_card(stored, Writer(config, tokenizer))),
+    }
+    text = card_text(card)
+    write_atomically(folder / "checkpoint" / "card.json", json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "checkpoint" / "card.md", text)
+    return text
+
+
+def plot_loss(table: Path, picture: Path):
+    """The loss curve of a run: each step, and the mean of fifty."""
+    from matplotlib.figure import Figure  # only a training run needs it
+
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    loss = torch.tensor([float(row[1]) for row in rows])
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(loss, color="#b0b0b0", linewidth=0.5, label="one step")
+    if len(loss) >= 50:
+        axes.plot(range(49, len(loss)), loss.unfold(0, 50, 1).mean(1), color="#0072b2", label="mean of 50 steps")
+    axes.set(xlabel="step", ylabel="cross-entropy of the assistant's tokens (nats)", yscale="log")
+    axes.legend()
+    figure.savefig(picture, dpi=110)
+
+
+def card_text(card: dict) -> str:
+    """The card as Markdown."""
+    kinds = list(card["chance"])
+    variants = ("full", "another picture", "nope layers off", "random experts")
+    lines = [
+        f"# {card['preset']}",
+        "",
+        f"{card['parameters']:,} parameters, trained from nothing by this package on scenes that it draws itself. MIT licence;",
+        "no weights or outputs of Meta's models were used. It knows these pictures and a short glossary, which it recites",
+        "from memory, and nothing else.",
+        "",
+        f"- command: `{card['command']}` ({card['minutes']} minutes on {card['machine']}, {card['date']}, "
+        f"torch {card['versions']['torch']})",
+        f"- seed {card['recipe']['seed']}, {card['recipe']['steps']:,} steps; data SHA-256 `{card['data_sha256']}`",
+        f"- stored as bf16; every score below is of the stored weights, on {card['questions']} held-out questions whose",
+        "  objects are (colour, shape, digit) combinations that no training picture holds",
+        "",
+        "| accuracy | " + " | ".join(kinds) + " | mean |",
+        "|---|" + "---:|" * (len(kinds) + 1),
+        *(f"| {name} | " + " | ".join(f"{card[name]['kind'][k]:.1%}" for k in kinds) + f" | {card[name]['mean']:.1%} |"
+          for name in variants),
+        "| best guess without the picture | " + " | ".join(f"{card['chance'][k]:.1%}" for k in kinds) + " | |",
+        "",
+        "By language: " + ", ".join(f"{name} {value:.1%}" for name, value in card["full"]["language"].items()) + ".",
+        "",
+        "| goal | at least | reached | |",
+        "|---|---:|---:|---|",
+        *(f"| {what} | {least:+.2f} | {value(card):+.3f} | {'yes' if value(card) >= least else 'NO'} |"
+          for what, value, least in GOALS),
+        "",
+        "![Training loss by step, falling](loss.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value

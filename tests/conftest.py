@@ -1,0 +1,11 @@
+"""Every test runs offline, on two CPU threads (unless OMP_NUM_THREADS says otherwise), and with the same generated examples each time."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
