@@ -179,7 +179,9 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) one after another; the tensors lie in the mapped file until they are copied."""
     try:
         with safe_open(file, "pt") as shard:
-            for key in shard.keys():
+            keys = list(shard.keys())
+        for key in keys:
+            with safe_open(file, "pt") as shard:  # anew: what was read of a mapped file stays in memory until it is closed
                 yield key, shard.get_tensor(key)
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated or no safetensors file ({file.stat().st_size:,} bytes; {error})") from None

@@ -1,9 +1,9 @@
 """From scenes to training documents: a picture, questions about it, a caption, as one conversation of token ids.
 
 Three sorts of target make one picture teach more than its one answer would. The assistant's words, as usual. Captions,
-which name every object. And labels: where an object lies, the patch token is to predict one of its words (its colour,
-shape, size or digit). Without labels nothing points at a place in the picture until attention has found it by chance,
-and training stands still for thousands of steps. Nothing reads what a patch token predicts once training is over.
+which name every object. And labels: where an object lies, the patch token is to predict that object's words (colour,
+shape, size, digit, place). Without labels nothing points at a place in the picture until attention has found it by
+chance, and training stands still for thousands of steps. Nothing reads what a patch token predicts once it is over.
 """
 
 from dataclasses import dataclass, field
@@ -20,15 +20,22 @@ from .tokenizer import Tokenizer
 # How the training set is mixed, by share of batches. Every batch is of one sort, so little of it is padding.
 SORTS = {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}
 
-LABEL_WEIGHT = 0.5  # of a patch token's label, where a word of the assistant's has 1
-
 
 @dataclass
 class Document:
     ids: list[int]
     weight: list[float]  # of each id as a target; 0 on the user's words
     pictures: list[scenes.Scene] = field(default_factory=list)
-    labels: dict[int, int] = field(default_factory=dict)  # position of a patch token -> what it should predict
+    labels: list[tuple[int, int]] = field(default_factory=list)  # (position of a patch token, a word it should predict)
+
+
+@dataclass
+class Batch:
+    ids: Tensor  # [documents, longest] int64
+    targets: Tensor  # [documents, longest]: what follows token t of document i
+    weights: Tensor  # [documents, longest]: how much that counts
+    labels: Tensor  # [labels, 3]: document, position of a patch token, a word that it should predict
+    pixels: Tensor | None  # [tiles, 3, side, side]
 
 
 class Writer:
@@ -54,16 +61,17 @@ class Writer:
             content = self.picture_ids + content
         self._turn(document, "user", content, weight=0.0)
 
-    def label(self, document: Document, picture: scenes.Scene, rng: Random):
-        """Give the patch tokens of the document's last picture that lie on an object a word to predict.
+    def label(self, document: Document, picture: scenes.Scene):
+        """Give the patch tokens of the document's last picture that lie on an object its words to predict.
 
-        The word is English: a patch cannot know which language the question after it will have.
+        The words are English: a patch cannot know which language the question after it will have.
         """
         first = len(document.ids) - 1 - document.ids[::-1].index(self.picture_ids[0])  # of <|image_start|>
         for item in picture.items:
+            words = self.tokenizer.encode(f" {item.colour} {item.shape} {item.size} {item.place}")
+            words.append(self.tokenizer.encode(str(item.digit))[0])
             for patch in self._patches_on(item):
-                word = rng.choice((item.colour, item.shape, item.size, str(item.digit)))
-                document.labels[first + self.patch_offsets[patch]] = self.tokenizer.encode(" " + word)[-1]
+                document.labels += [(first + self.patch_offsets[patch], word) for word in words]
 
     def _patches_on(self, item: scenes.Item) -> list[int]:
         """Which patch tokens of the picture show the item's middle: in its tile, and in the global one, which is last."""
@@ -95,11 +103,8 @@ class Writer:
         """[tiles, 3, side, side]."""
         return cut_tiles(scenes.render(picture), self.vision)[0]
 
-    def batch(self, documents: list[Document]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """ids, targets, weights, pictures: three [documents, longest], and tiles [tiles, 3, side, side] or None.
-
-        targets[i, t] is what is to be predicted after token t of document i, with a weight of weights[i, t].
-        """
+    def batch(self, documents: list[Document]) -> "Batch":
+        """Documents side by side, the shorter ones padded at the end."""
         longest = max(len(d.ids) for d in documents)
         ids = torch.full((len(documents), longest), self.config.pad_token)
         targets, weights = ids.clone(), torch.zeros(len(documents), longest)
@@ -107,10 +112,12 @@ class Writer:
             ids[row, : len(d.ids)] = torch.tensor(d.ids)
             targets[row, : len(d.ids) - 1] = torch.tensor(d.ids[1:])
             weights[row, : len(d.ids) - 1] = torch.tensor(d.weight[1:])
-            for position, label in d.labels.items():
-                targets[row, position], weights[row, position] = label, LABEL_WEIGHT
         pictures = [picture for d in documents for picture in d.pictures]
-        return ids, targets, weights, torch.cat([self.tiles(p) for p in pictures]) if pictures else None
+        labels = [(row, position, word) for row, d in enumerate(documents) for position, word in d.labels]
+        return Batch(
+            ids, targets, weights, torch.tensor(labels).view(-1, 3),
+            torch.cat([self.tiles(p) for p in pictures]) if pictures else None,
+        )  # fmt: skip
 
     def training_document(self, rng: Random, sort: str, most_objects: int) -> Document:
         """A random document of one of `SORTS`, about scenes of the training split with at most `most_objects`."""
@@ -129,14 +136,14 @@ class Writer:
             picture = scenes.draw_scene(rng, "train", _count(rng, most_objects))
             if sort == "caption":
                 self.user(document, scenes.describe_request(language), picture)
-                self.label(document, picture, rng)
+                self.label(document, picture)
                 self.assistant(document, scenes.caption(picture, language))
                 continue
             for turn in range(2 if sort == "two pictures" else 4):
                 question = scenes.ask(picture, rng, _kind(rng, picture), language)
                 self.user(document, question.text, picture if turn == 0 else None)
                 if turn == 0:
-                    self.label(document, picture, rng)
+                    self.label(document, picture)
                 self.assistant(document, question.answer)
         return document
 

@@ -50,8 +50,8 @@ def answers_right(model: Llama4, writer: Writer, items: list[Item], batch_size: 
             writer.question(items[(i + len(items) // 2 + 1) % len(items) if blind else i].picture, items[i].question)
             for i in index
         ]
-        ids, targets, weights, pixels = writer.batch(documents)
-        wrong = (model(ids, pixels).argmax(-1) != targets) & (weights > 0)
+        batch = writer.batch(documents)
+        wrong = (model(batch.ids, batch.pixels).argmax(-1) != batch.targets) & (batch.weights > 0)
         for i, row in zip(index, wrong, strict=True):
             right[i] = not bool(row.any())
     return right
@@ -121,10 +121,10 @@ def expert_load(model: Llama4, writer: Writer, items: list[Item], batch_size: in
     counts = {layer: torch.zeros(model.config.text.num_experts) for layer in model.config.text.moe_layers}
     for first in range(0, len(items), batch_size):
         chosen = items[first : first + batch_size]
-        ids, _, _, pixels = writer.batch([writer.question(item.picture, item.question) for item in chosen])
+        batch = writer.batch([writer.question(item.picture, item.question) for item in chosen])
         with trace(model, router=True) as seen:
-            model(ids, pixels)
-        real = ids != model.config.pad_token
+            model(batch.ids, batch.pixels)
+        real = batch.ids != model.config.pad_token
         for layer, total in counts.items():
             total += torch.bincount(seen.router[layer].expert[real], minlength=len(total))
     return {layer: (total / total.sum()).tolist() for layer, total in counts.items()}

@@ -30,6 +30,11 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
     moe_layers = text.get("moe_layers")
     rotary = text.get("no_rope_layers") or []  # empty means "from the interval"
     nope_step = text.get("no_rope_layer_interval", 4)
+    nope_layers = tuple(i for i in range(layers) if not rotary[i]) if rotary else every(nope_step, layers)
+    kinds = ["full_attention" if i in nope_layers else "chunked_attention" for i in range(layers)]
+    if text.get("layer_types") not in (None, kinds):
+        raise ValueError(f"text_config: layer_types is {text['layer_types']}; only full_attention on layers without "
+                         "rotary embeddings and chunked_attention on the others is supported")
     stops = (generation or {}).get("eos_token_id", text.get("eos_token_id"))
     return Llama4Config(
         text=TextConfig(
@@ -43,7 +48,7 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
             expert_width=_get(text, "intermediate_size"),
             dense_width=_get(text, "intermediate_size_mlp"),
             moe_layers=every(text.get("interleave_moe_layer_step", 1), layers) if moe_layers is None else tuple(moe_layers),
-            nope_layers=tuple(i for i in range(layers) if not rotary[i]) if rotary else every(nope_step, layers),
+            nope_layers=nope_layers,
             chunk_size=text.get("attention_chunk_size", 8192),
             max_positions=_get(text, "max_position_embeddings"),
             rope_theta=theta,
@@ -52,7 +57,7 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
             temperature_tuning=bool(text.get("attn_temperature_tuning", True)),  # 4, meaning true, in the first release
             temperature_scale=text.get("attn_scale", 0.1),
             floor_scale=text.get("floor_scale", 8192),
-            norm_eps=text.get("rms_norm_eps", 1e-6),
+            norm_eps=text.get("rms_norm_eps", 1e-5),
         ),
         vision=_vision(config["vision_config"], preprocessor or {}) if config.get("vision_config") else None,
         bos_token=text.get("bos_token_id", 1),
@@ -64,6 +69,7 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
 
 def _vision(vision: dict, preprocessor: dict) -> VisionConfig:
     _require(vision, "vision_config", num_channels=3, multi_modal_projector_bias=False, hidden_act="gelu")
+    _require(vision, "vision_config", norm_eps=1e-5)  # what Hugging Face's encoder uses, whatever the field says
     theta, scaling = _rope(vision, "vision_config", default_theta=10_000.0)
     if scaling is not None:
         raise ValueError("vision_config: RoPE scaling is set; the vision encoder has none")
@@ -85,7 +91,6 @@ def _vision(vision: dict, preprocessor: dict) -> VisionConfig:
         adapter_width=outputs["projector_output_dim"],
         pixel_shuffle_ratio=ratio,
         rope_theta=theta,
-        norm_eps=vision.get("norm_eps", 1e-5),
     )
 
 
@@ -175,6 +180,8 @@ def _vision_to_hub(vision: VisionConfig) -> dict:
     if vision.mlp_width != vision.hidden_size * vision.shuffle**2:
         raise ValueError(f"mlp_width is {vision.mlp_width}; Hugging Face uses one field for it and the adapter's input, so "
                          f"only hidden_size x {vision.shuffle}^2 = {vision.hidden_size * vision.shuffle**2} can be saved")
+    if vision.norm_eps != 1e-5:
+        raise ValueError(f"norm_eps is {vision.norm_eps}; the vision encoder of Hugging Face always uses 1e-05")
     return {
         "model_type": "llama4_vision_model",
         "hidden_size": vision.hidden_size,

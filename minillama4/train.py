@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Llama4Config
-from .documents import SORTS, Writer
+from .documents import SORTS, Batch, Writer
 from .model import Llama4
 from .tokenizer import load_tokenizer
 from .trace import trace
@@ -41,6 +41,7 @@ class Recipe:
     weight_decay: float = 0.05  # on matrices
     clip: float = 1.0  # norm of all gradients together
     balance: float = 0.01  # weight of the load-balance loss
+    label: float = 0.5  # weight of the patch labels
     curriculum: float = 0.25  # share of the steps in which scenes grow from one object to six
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
@@ -66,23 +67,27 @@ def balance_loss(logits: Tensor) -> Tensor:
     return logits.shape[-1] * (share * probability.mean(0)).sum()
 
 
-def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """One worker's share of the batch of one step: ids, targets, weights, tiles (see `Writer.batch`)."""
+def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
+    """One worker's share of the batch of one step."""
     sort = Random(f"{recipe.seed}/{step}").choices(list(SORTS), list(SORTS.values()))[0]  # the same for all workers
     rng = Random(f"{recipe.seed}/{step}/{worker}")
     size = recipe.batch_size // recipe.workers // (2 if sort == "two pictures" else 1)
     return writer.batch([writer.training_document(rng, sort, recipe.most_objects(step)) for _ in range(size)])
 
 
-def loss_of(model: Llama4, batch, balance: float) -> tuple[Tensor, Tensor]:
-    """(weighted mean cross-entropy of the next token, balance loss averaged over layers)."""
-    ids, targets, weights, pixels = batch
+def loss_of(model: Llama4, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean cross-entropy of the assistant's words, of the patch labels, balance loss averaged over layers)."""
     with trace(model, router=True) as seen:
-        hidden = model.hidden_states(ids, pixels)
-    learn = weights > 0  # the head runs only where there is something to learn
-    cross_entropy = F.cross_entropy(model.lm_head(hidden[learn]), targets[learn], reduction="none")
+        hidden = model.hidden_states(batch.ids, batch.pixels)
+    learn = batch.weights > 0  # the head runs only where there is something to learn
+    words = F.cross_entropy(model.lm_head(hidden[learn]), batch.targets[learn], reduction="none")
+    words = (words * batch.weights[learn]).sum() / batch.weights[learn].sum()
+    labels = hidden.new_zeros(())
+    if len(batch.labels):
+        document, position, word = batch.labels.unbind(1)
+        labels = F.cross_entropy(model.lm_head(hidden[document, position]), word)
     even = torch.stack([balance_loss(routes.logits) for routes in seen.router.values()]).mean()
-    return (cross_entropy * weights[learn]).sum() / weights[learn].sum(), even
+    return words, labels, even
 
 
 def make_optimizers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -146,8 +151,8 @@ def _work(rank: int, config, tokenizer_folder, recipe: Recipe, folder: Path, sav
     with tqdm(total=recipe.steps, initial=step, unit="step", disable=None if rank == 0 else True) as bar:
         while step < recipe.steps:
             set_rates(optimizers, recipe, step)
-            loss, even = loss_of(model, batch_at(step, rank, recipe, writer), recipe.balance)
-            (loss + recipe.balance * even).backward()
+            words, labels, even = loss_of(model, batch_at(step, rank, recipe, writer), recipe)
+            (words + recipe.label * labels + recipe.balance * even).backward()
             average_gradients(model, rank, gradients, barrier)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer in optimizers:
@@ -156,13 +161,13 @@ def _work(rank: int, config, tokenizer_folder, recipe: Recipe, folder: Path, sav
             step += 1
             if rank > 0:
                 continue
-            losses.append((float(loss.detach()), float(even.detach())))
+            losses.append(tuple(float(part.detach()) for part in (words, labels, even)))
             bar.update()
-            bar.set_postfix_str(f"loss {losses[-1][0]:.3f}, balance {losses[-1][1]:.2f}")
+            bar.set_postfix_str(f"words {losses[-1][0]:.3f}, labels {losses[-1][1]:.3f}, balance {losses[-1][2]:.2f}")
             if step % save_every == 0 or step == recipe.steps:
                 save_state(state, model, optimizers, recipe, step, time.time() - started, losses)
-                rows = (f"{i},{loss:.5f},{even:.4f}\n" for i, (loss, even) in enumerate(losses))
-                write_atomically(folder / "loss.csv", "step,loss,balance\n" + "".join(rows))
+                rows = (f"{i},{a:.5f},{b:.5f},{c:.4f}\n" for i, (a, b, c) in enumerate(losses))
+                write_atomically(folder / "loss.csv", "step,words,labels,balance\n" + "".join(rows))
     return model.eval()
 
 

@@ -1,5 +1,6 @@
 """`minillama4 train PRESET`: tokenizer, training, rounding to bf16, scores, and the card that goes with the weights."""
 
+import hashlib
 import json
 import platform
 import shlex
@@ -67,7 +68,7 @@ def train_command(preset: str, out: str | None, steps: int | None, seed: int) ->
         "date": time.strftime("%Y-%m-%d"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "data_sha256": scenes.data_fingerprint(),
+        "frozen": frozen(preset, tokens),
         **_rounded(report_card(stored, Writer(config, tokenizer))),
     }
     text = card_text(card)
@@ -76,18 +77,25 @@ def train_command(preset: str, out: str | None, steps: int | None, seed: int) ->
     return text
 
 
+def frozen(preset: str, tokenizer: Path) -> dict[str, str]:
+    """SHA-256 of everything the weights depend on and that may not change under them."""
+    texts = {"tokenizer": (tokenizer / "tokenizer.json").read_text("utf-8"), "config": repr(Llama4Config.preset(preset))}
+    return {"data": scenes.data_fingerprint()} | {k: hashlib.sha256(v.encode()).hexdigest() for k, v in texts.items()}
+
+
 def plot_loss(table: Path, picture: Path):
-    """The loss curve of a run: each step, and the mean of fifty."""
+    """The loss curve of a run: the words of each step, and the means of fifty."""
     from matplotlib.figure import Figure  # only a training run needs it
 
-    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
-    loss = torch.tensor([float(row[1]) for row in rows])
+    rows = torch.tensor([[float(cell) for cell in line.split(",")] for line in table.read_text().splitlines()[1:]])
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(loss, color="#b0b0b0", linewidth=0.5, label="one step")
-    if len(loss) >= 50:
-        axes.plot(range(49, len(loss)), loss.unfold(0, 50, 1).mean(1), color="#0072b2", label="mean of 50 steps")
-    axes.set(xlabel="step", ylabel="cross-entropy of the assistant's tokens (nats)", yscale="log")
+    axes.plot(rows[:, 1], color="#b0b0b0", linewidth=0.5, label="words, one step")
+    for column, name, colour in ((1, "words", "#0072b2"), (2, "patch labels", "#d55e00")):
+        if len(rows) >= 50:
+            mean = rows[:, column].unfold(0, 50, 1).mean(1)
+            axes.plot(range(49, len(rows)), mean, color=colour, label=f"{name}, mean of 50 steps")
+    axes.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
     axes.legend()
     figure.savefig(picture, dpi=110)
 
@@ -105,7 +113,8 @@ def card_text(card: dict) -> str:
         "",
         f"- command: `{card['command']}` ({card['minutes']} minutes on {card['machine']}, {card['date']}, "
         f"torch {card['versions']['torch']})",
-        f"- seed {card['recipe']['seed']}, {card['recipe']['steps']:,} steps; data SHA-256 `{card['data_sha256']}`",
+        f"- seed {card['recipe']['seed']}, {card['recipe']['steps']:,} steps",
+        *(f"- SHA-256 of the {name}: `{value}`" for name, value in card["frozen"].items()),
         f"- stored as bf16; every score below is of the stored weights, on {card['questions']} held-out questions whose",
         "  objects are (colour, shape, digit) combinations that no training picture holds",
         "",

@@ -1,4 +1,4 @@
-"""Every test runs offline, on two CPU threads (unless OMP_NUM_THREADS says otherwise), and with the same generated examples each time."""
+"""Every test runs offline, on two CPU threads (or OMP_NUM_THREADS), and with the same generated examples each time."""
 
 import os
 

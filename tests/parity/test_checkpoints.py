@@ -162,6 +162,23 @@ def test_an_empty_list_of_rotary_layers_means_every_fourth_is_nope(tmp_path):
     assert_same(loaded(ids, pixels), pair.wanted(ids, pixels))
 
 
+def test_fields_that_a_folder_leaves_out_have_the_defaults_of_hugging_face(tmp_path):
+    """What no config has to say: schedules, chunk, temperature, norm and RoPE."""
+    sizes = dict(vocab_size=99, hidden_size=40, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2)
+    sizes |= dict(intermediate_size=20, intermediate_size_mlp=52, num_local_experts=5, max_position_embeddings=500)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4_text", **sizes}))
+    ours = load_config(tmp_path).text
+    theirs = transformers.Llama4TextConfig.from_pretrained(tmp_path)
+    assert [int(not ours.is_nope(layer)) for layer in range(8)] == theirs.no_rope_layers
+    assert list(ours.moe_layers) == theirs.moe_layers
+    assert ours.chunk_size == theirs.attention_chunk_size
+    assert (ours.qk_norm, ours.norm_eps) == (theirs.use_qk_norm, theirs.rms_norm_eps)
+    assert (ours.temperature_tuning, ours.temperature_scale) == (theirs.attn_temperature_tuning, theirs.attn_scale)
+    assert ours.floor_scale == theirs.floor_scale
+    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": ours.rope_theta}
+    assert ours.rope_scaling is None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # bf16
 
