@@ -40,8 +40,10 @@ def find_folder(folder: str | Path) -> Path:
         path = WEIGHTS / str(folder)
     if not path.is_dir():
         near = get_close_matches(str(folder), shipped(), cutoff=0.4)
-        raise ValueError(f"no folder {str(folder)!r}; give a folder with config.json, or a preset that ships weights: "
-                         + ", ".join(near or shipped()))
+        raise ValueError(
+            f"no folder {str(folder)!r}; give a folder with config.json, or a preset that ships weights: "
+            + ", ".join(near or shipped())
+        )
     return path
 
 
@@ -49,8 +51,10 @@ def load_config(folder: str | Path) -> Llama4Config:
     """The config of a checkpoint folder, or of a preset that ships weights."""
     path = find_folder(folder)
     config = _read_json(path / "config.json")
-    return from_hub(config, *(_read_json(path / name, optional=True) for name in
-                              ("generation_config.json", "preprocessor_config.json")))
+    return from_hub(
+        config,
+        *(_read_json(path / name, optional=True) for name in ("generation_config.json", "preprocessor_config.json")),
+    )
 
 
 def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu", dtype=torch.float32) -> Llama4:
@@ -65,27 +69,39 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu", dtyp
         model = Llama4(config)
     waiting = dict(model.named_parameters())
     files = _weight_files(path)
-    with tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, desc=f"loading {path.name}",
-              disable=None if len(files) > 1 else True) as bar:
+    with tqdm(
+        total=sum(f.stat().st_size for f in files),
+        unit="B",
+        unit_scale=True,
+        desc=f"loading {path.name}",
+        disable=None if len(files) > 1 else True,
+    ) as bar:
         for file in files:
             for key, tensor in _tensors(file):
                 name = _our_name(key)
                 if name not in waiting:
                     known = name in dict(model.named_parameters())
-                    raise ValueError(f"{file}: tensor {key!r} " + ("comes twice" if known else "has no place in this model"))
+                    raise ValueError(
+                        f"{file}: tensor {key!r} " + ("comes twice" if known else "has no place in this model")
+                    )
                 if tensor.shape != waiting[name].shape:
-                    raise ValueError(f"{file}: tensor {key!r} is {list(tensor.shape)}; the config wants {list(waiting[name].shape)}")
+                    raise ValueError(
+                        f"{file}: tensor {key!r} is {list(tensor.shape)}; the config wants {list(waiting[name].shape)}"
+                    )
                 _put(model, name, tensor.to(device=device, dtype=dtype, copy=True))
                 del waiting[name]
                 bar.update(tensor.nbytes)
     if waiting:
         names = [_hub_name(name, config.vision is not None) for name in waiting]
-        raise ValueError(f"{path}: {len(names)} tensors are missing from its safetensors files, among them {', '.join(names[:3])}")
+        raise ValueError(
+            f"{path}: {len(names)} tensors are missing from its safetensors files, among them {', '.join(names[:3])}"
+        )
     return model.eval()
 
 
-def save_checkpoint(model: Llama4, folder: str | Path, tokenizer: Tokenizer | None = None, dtype=None,
-                    shard_bytes: int = SHARD_BYTES):
+def save_checkpoint(
+    model: Llama4, folder: str | Path, tokenizer: Tokenizer | None = None, dtype=None, shard_bytes: int = SHARD_BYTES
+):
     """Write a folder that `load_checkpoint` and transformers read: config.json, safetensors, and the tokenizer's files.
 
     dtype: of the stored weights and in the config; None keeps the model's. shard_bytes: a larger model becomes several
@@ -121,22 +137,39 @@ def save_checkpoint(model: Llama4, folder: str | Path, tokenizer: Tokenizer | No
         _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     if tokenizer is not None:
         tokenizer.save(folder)
-    _write_json(folder / "generation_config.json", {
-        "bos_token_id": model.config.bos_token, "eos_token_id": list(model.config.stop_tokens),
-        "pad_token_id": model.config.pad_token,
-    })
+    _write_json(
+        folder / "generation_config.json",
+        {
+            "bos_token_id": model.config.bos_token,
+            "eos_token_id": list(model.config.stop_tokens),
+            "pad_token_id": model.config.pad_token,
+        },
+    )
     if model.config.vision is not None:
         vision = model.config.vision
-        _write_json(folder / "preprocessor_config.json", {
-            "image_processor_type": "Llama4ImageProcessorFast", "processor_class": "Llama4Processor",
-            "size": {"height": vision.tile_size, "width": vision.tile_size}, "max_patches": vision.max_tiles,
-            "resize_to_max_canvas": False, "do_rescale": True, "do_normalize": True,
-            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2,
-        })
-        _write_json(folder / "processor_config.json", {
-            "processor_class": "Llama4Processor", "patch_size": vision.patch_size,
-            "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
-        })
+        _write_json(
+            folder / "preprocessor_config.json",
+            {
+                "image_processor_type": "Llama4ImageProcessorFast",
+                "processor_class": "Llama4Processor",
+                "size": {"height": vision.tile_size, "width": vision.tile_size},
+                "max_patches": vision.max_tiles,
+                "resize_to_max_canvas": False,
+                "do_rescale": True,
+                "do_normalize": True,
+                "image_mean": [0.5] * 3,
+                "image_std": [0.5] * 3,
+                "resample": 2,
+            },
+        )
+        _write_json(
+            folder / "processor_config.json",
+            {
+                "processor_class": "Llama4Processor",
+                "patch_size": vision.patch_size,
+                "pixel_shuffle_ratio": vision.pixel_shuffle_ratio,
+            },
+        )
     _write_json(folder / "config.json", config)
 
 
@@ -171,8 +204,10 @@ def _weight_files(path: Path) -> list[Path]:
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
     other = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern)]
-    raise ValueError(f"{path} has no model.safetensors and no model.safetensors.index.json"
-                     + (f"; {other[0]} is a pickle, which may run any code and is never loaded" if other else ""))
+    raise ValueError(
+        f"{path} has no model.safetensors and no model.safetensors.index.json"
+        + (f"; {other[0]} is a pickle, which may run any code and is never loaded" if other else "")
+    )
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -181,10 +216,14 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         with safe_open(file, "pt") as shard:
             keys = list(shard.keys())
         for key in keys:
-            with safe_open(file, "pt") as shard:  # anew: what was read of a mapped file stays in memory until it is closed
+            with safe_open(
+                file, "pt"
+            ) as shard:  # anew: what was read of a mapped file stays in memory until it is closed
                 yield key, shard.get_tensor(key)
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({file.stat().st_size:,} bytes; {error})") from None
+        raise ValueError(
+            f"{file} is truncated or no safetensors file ({file.stat().st_size:,} bytes; {error})"
+        ) from None
 
 
 def _put(model: Llama4, name: str, tensor: Tensor):
@@ -212,6 +251,7 @@ def _new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield temporary
+        temporary.chmod(0o644)  # safetensors makes its files private
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ class TextConfig:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "max_positions", "floor_scale")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads ({self.num_kv_heads})")
+            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
         if self.chunk_size is not None:
@@ -110,7 +110,7 @@ class VisionConfig:
                 raise ValueError(f"hidden_size is {self.hidden_size}; heads of {self.hidden_size / self.num_heads:g} "
                                  "channels cannot hold rotary pairs for both x and y (a multiple of 4 is needed)")
             if self.patches_per_side % self.shuffle:
-                raise ValueError(f"{self.patches_per_side} patches a side cannot be merged {self.shuffle} by {self.shuffle}")
+                raise ValueError(f"{self.patches_per_side} patches a side cannot be merged in blocks of {self.shuffle}")
 
     @property
     def patches_per_side(self) -> int:
@@ -219,8 +219,8 @@ def behemoth_estimate(hidden_size: int = 16_384, active: float = 288e9, total: f
         expert_width=128 * round(routed / (3 * hidden_size * layers) / 128), dense_width=0,
         moe_layers=every(1, layers), nope_layers=every(4, layers), max_positions=262_144,
     )
-    note = (f"an estimate: solved from two published numbers ({active / 1e9:.0f}B active, nearly {total / 1e12:.0f}T total, "
-            f"16 experts) for an assumed hidden size of {hidden_size}; Meta published no shape")
+    note = (f"an estimate: solved from two published numbers ({active / 1e9:.0f}B active, nearly {total / 1e12:.0f}T "
+            f"total, 16 experts) for an assumed hidden size of {hidden_size}; Meta published no shape")
     return Llama4Config(text, _RELEASED_VISION, **_RELEASED_TOKENS, note=note)
 
 

@@ -3,7 +3,7 @@
 Three sorts of target make one picture teach more than its one answer would. The assistant's words, as usual. Captions,
 which name every object. And labels: where an object lies, the patch token is to predict that object's words (colour,
 shape, size, digit, place). Without labels nothing points at a place in the picture until attention has found it by
-chance, and training stands still for thousands of steps. Nothing reads what a patch token predicts once it is over.
+chance, which takes far longer than all the rest. Nothing reads what a patch token predicts once training is over.
 """
 
 from dataclasses import dataclass, field
@@ -17,8 +17,10 @@ from .config import Llama4Config
 from .fusion import cut_tiles, image_prompt
 from .tokenizer import Tokenizer
 
-# How the training set is mixed, by share of batches. Every batch is of one sort, so little of it is padding.
-SORTS = {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}
+# How training is mixed, by share of batches: first mostly what teaches to see, then mostly what teaches to look things
+# up. Every batch is of one sort, so little of it is padding.
+SEEING = {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}
+LOOKING_UP = {"questions": 0.74, "caption": 0.12, "two pictures": 0.06, "text": 0.08}
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Writer:
                 document.labels += [(first + self.patch_offsets[patch], word) for word in words]
 
     def _patches_on(self, item: scenes.Item) -> list[int]:
-        """Which patch tokens of the picture show the item's middle: in its tile, and in the global one, which is last."""
+        """Which patch tokens of the picture show the item's middle: in its tile, and in the global one (last)."""
         per_side = round(self.vision.tokens_per_tile**0.5)
         cell, tiles = self.vision.tile_size / per_side, scenes.WIDTH // self.vision.tile_size
         x, y = item.centre
@@ -119,8 +121,11 @@ class Writer:
             torch.cat([self.tiles(p) for p in pictures]) if pictures else None,
         )  # fmt: skip
 
-    def training_document(self, rng: Random, sort: str, most_objects: int) -> Document:
-        """A random document of one of `SORTS`, about scenes of the training split with at most `most_objects`."""
+    def training_document(self, rng: Random, sort: str, most_objects: int, questions: int = 4) -> Document:
+        """A random document of one of the sorts above, about scenes of the training split.
+
+        most_objects: in a scene. questions: about the picture, if it is of that sort.
+        """
         language = rng.choice(scenes.LANGUAGES)
         document = self.start()
         if sort == "text":
@@ -139,7 +144,7 @@ class Writer:
                 self.label(document, picture)
                 self.assistant(document, scenes.caption(picture, language))
                 continue
-            for turn in range(2 if sort == "two pictures" else 4):
+            for turn in range(2 if sort == "two pictures" else questions):
                 question = scenes.ask(picture, rng, _kind(rng, picture), language)
                 self.user(document, question.text, picture if turn == 0 else None)
                 if turn == 0:

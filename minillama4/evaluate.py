@@ -40,7 +40,9 @@ def held_out_questions(per_cell: int, seed: int = 1_000_003) -> list[Item]:
 
 
 @torch.no_grad()
-def answers_right(model: Llama4, writer: Writer, items: list[Item], batch_size: int = 32, blind: bool = False) -> list[bool]:
+def answers_right(
+    model: Llama4, writer: Writer, items: list[Item], batch_size: int = 32, blind: bool = False
+) -> list[bool]:
     """Is each answer right? `blind` shows the picture of another question instead."""
     order = sorted(range(len(items)), key=lambda i: len(writer.tokenizer.encode(items[i].question.text)))
     right = [False] * len(items)

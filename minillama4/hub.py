@@ -33,8 +33,10 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
     nope_layers = tuple(i for i in range(layers) if not rotary[i]) if rotary else every(nope_step, layers)
     kinds = ["full_attention" if i in nope_layers else "chunked_attention" for i in range(layers)]
     if text.get("layer_types") not in (None, kinds):
-        raise ValueError(f"text_config: layer_types is {text['layer_types']}; only full_attention on layers without "
-                         "rotary embeddings and chunked_attention on the others is supported")
+        raise ValueError(
+            f"text_config: layer_types is {text['layer_types']}; only full_attention on layers without "
+            "rotary embeddings and chunked_attention on the others is supported"
+        )
     stops = (generation or {}).get("eos_token_id", text.get("eos_token_id"))
     return Llama4Config(
         text=TextConfig(
@@ -47,7 +49,9 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
             num_experts=_get(text, "num_local_experts"),
             expert_width=_get(text, "intermediate_size"),
             dense_width=_get(text, "intermediate_size_mlp"),
-            moe_layers=every(text.get("interleave_moe_layer_step", 1), layers) if moe_layers is None else tuple(moe_layers),
+            moe_layers=every(text.get("interleave_moe_layer_step", 1), layers)
+            if moe_layers is None
+            else tuple(moe_layers),
             nope_layers=nope_layers,
             chunk_size=text.get("attention_chunk_size", 8192),
             max_positions=_get(text, "max_position_embeddings"),
@@ -75,9 +79,13 @@ def _vision(vision: dict, preprocessor: dict) -> VisionConfig:
         raise ValueError("vision_config: RoPE scaling is set; the vision encoder has none")
     ratio, width = vision.get("pixel_shuffle_ratio", 0.5), _get(vision, "hidden_size")
     if _get(vision, "intermediate_size") != round(width / ratio**2):
-        raise ValueError(f"vision_config: intermediate_size is {vision['intermediate_size']}; it is also the adapter's "
-                         f"input, so it must be hidden_size / pixel_shuffle_ratio^2 = {round(width / ratio**2)}")
-    outputs = {name: _get(vision, name) for name in ("projector_input_dim", "projector_output_dim", "vision_output_dim")}
+        raise ValueError(
+            f"vision_config: intermediate_size is {vision['intermediate_size']}; it is also the adapter's "
+            f"input, so it must be hidden_size / pixel_shuffle_ratio^2 = {round(width / ratio**2)}"
+        )
+    outputs = {
+        name: _get(vision, name) for name in ("projector_input_dim", "projector_output_dim", "vision_output_dim")
+    }
     if len(set(outputs.values())) > 1:
         raise ValueError(f"vision_config: {outputs} must be equal")
     return VisionConfig(
@@ -175,11 +183,15 @@ def to_hub(config: Llama4Config, dtype: str) -> dict:
 
 def _vision_to_hub(vision: VisionConfig) -> dict:
     if vision.encoder != "vit":
-        raise ValueError("this model is encoder-free (VisionConfig.encoder='linear'), for which Hugging Face has no model; "
-                         "keep its `state_dict()` with safetensors instead")
+        raise ValueError(
+            "this model is encoder-free (VisionConfig.encoder='linear'), for which Hugging Face has no model; "
+            "keep its `state_dict()` with safetensors instead"
+        )
     if vision.mlp_width != vision.hidden_size * vision.shuffle**2:
-        raise ValueError(f"mlp_width is {vision.mlp_width}; Hugging Face uses one field for it and the adapter's input, so "
-                         f"only hidden_size x {vision.shuffle}^2 = {vision.hidden_size * vision.shuffle**2} can be saved")
+        raise ValueError(
+            f"mlp_width is {vision.mlp_width}; Hugging Face uses one field for it and the adapter's input, so "
+            f"only hidden_size x {vision.shuffle}^2 = {vision.hidden_size * vision.shuffle**2} can be saved"
+        )
     if vision.norm_eps != 1e-5:
         raise ValueError(f"norm_eps is {vision.norm_eps}; the vision encoder of Hugging Face always uses 1e-05")
     return {

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from . import scene_words as w
-from .scene_words import GLOSSARY, LANGUAGES, lexicon, phrase, text_only
+from .scene_words import GLOSSARY, LANGUAGES, phrase, text_only
 
 KINDS = ("attribute", "place", "relation", "count")
 SHAPES = ("circle", "square", "triangle", "star", "cross")

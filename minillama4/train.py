@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Llama4Config
-from .documents import SORTS, Batch, Writer
+from .documents import LOOKING_UP, SEEING, Batch, Writer
 from .model import Llama4
 from .tokenizer import load_tokenizer
 from .trace import trace
@@ -33,28 +33,30 @@ BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dea
 class Recipe:
     """Everything that decides a run, besides the config and the data."""
 
-    steps: int = 8500
+    steps: int = 6800
     batch_size: int = 24
-    adam_rate: float = 2e-3  # peak learning rates, after `warmup`; they fall to a twentieth along a cosine
+    adam_rate: float = 2e-3  # peak learning rates, reached after `warmup` steps
     muon_rate: float = 5e-3
-    warmup: int = 100  # steps
+    warmup: int = 100
+    horizon: int = 9000  # steps of the cosine along which they then fall to a twentieth
+    cooldown: int = 1500  # last steps, over which they fall to zero wherever the cosine is
     weight_decay: float = 0.05  # on matrices
     clip: float = 1.0  # norm of all gradients together
     balance: float = 0.01  # weight of the load-balance loss
-    label: float = 0.5  # weight of the patch labels
-    curriculum: float = 0.25  # share of the steps in which scenes grow from one object to six
+    label: float = 1.0  # weight of the patch labels
+    curriculum: int = 2250  # first steps, in which scenes grow from one object to six
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
 
     def rate(self, step: int) -> float:
         """Learning rate at `step`, as a share of its peak."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+        rising = min(1.0, (step + 1) / self.warmup)
+        done = min(1.0, max(0, step - self.warmup) / (self.horizon - self.warmup))
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+        return rising * cosine * min(1.0, (self.steps - step) / self.cooldown)
 
     def most_objects(self, step: int) -> int:
-        return min(6, 1 + int(6 * step / max(1, self.curriculum * self.steps)))
+        return min(6, 1 + 6 * step // self.curriculum)
 
 
 def balance_loss(logits: Tensor) -> Tensor:
@@ -69,10 +71,13 @@ def balance_loss(logits: Tensor) -> Tensor:
 
 def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
     """One worker's share of the batch of one step."""
-    sort = Random(f"{recipe.seed}/{step}").choices(list(SORTS), list(SORTS.values()))[0]  # the same for all workers
+    growing = step < recipe.curriculum
+    mix = SEEING if growing else LOOKING_UP
+    sort = Random(f"{recipe.seed}/{step}").choices(list(mix), list(mix.values()))[0]  # the same for all workers
     rng = Random(f"{recipe.seed}/{step}/{worker}")
     size = recipe.batch_size // recipe.workers // (2 if sort == "two pictures" else 1)
-    return writer.batch([writer.training_document(rng, sort, recipe.most_objects(step)) for _ in range(size)])
+    objects, questions = recipe.most_objects(step), 4 if growing else 6
+    return writer.batch([writer.training_document(rng, sort, objects, questions) for _ in range(size)])
 
 
 def loss_of(model: Llama4, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +98,9 @@ def loss_of(model: Llama4, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor
 def make_optimizers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices between hidden states, AdamW for experts (3-D), embeddings, head and vectors.
 
-    Muon makes a step equally large in every direction of a matrix. Here that matters for one thing above all: attention
-    starts to look at the picture after some 200 steps, with AdamW alone after well over a thousand.
+    Muon makes a step equally large in every direction of a matrix. What it buys here is attention that finds the
+    picture early: on captions of one object the loss left the level of blind guessing within 200 steps, while AdamW
+    alone had not left it after 300 (one trial each).
     """
     muon, decay, plain = [], [], []
     for name, parameter in model.named_parameters():
@@ -137,7 +143,9 @@ def train(config: Llama4Config, tokenizer_folder: Path, recipe: Recipe, folder: 
             helper.terminate()
 
 
-def _work(rank: int, config, tokenizer_folder, recipe: Recipe, folder: Path, save_every: int, gradients, barrier) -> Llama4:
+def _work(
+    rank: int, config, tokenizer_folder, recipe: Recipe, folder: Path, save_every: int, gradients, barrier
+) -> Llama4:
     """What each worker does; all hold the same weights, and worker 0 saves and shows progress."""
     torch.set_num_threads(1)
     writer = Writer(config, load_tokenizer(tokenizer_folder))

@@ -28,8 +28,11 @@ GOALS = (
     ("relation", lambda c: c["full"]["kind"]["relation"], 0.75),
     ("count", lambda c: c["full"]["kind"]["count"], 0.75),
     ("worst language against the mean", lambda c: min(c["full"]["language"].values()) - c["full"]["mean"], -0.10),
-    ("chance + 5 points against another picture, worst kind",
-     lambda c: min(c["chance"][k] + 0.05 - c["another picture"]["kind"][k] for k in c["chance"]), 0.0),
+    (
+        "chance + 5 points against another picture, worst kind",
+        lambda c: min(c["chance"][k] + 0.05 - c["another picture"]["kind"][k] for k in c["chance"]),
+        0.0,
+    ),
     ("lost with NoPE layers off", lambda c: c["full"]["mean"] - c["nope layers off"]["mean"], 0.20),
     ("lost with random experts", lambda c: c["full"]["mean"] - c["random experts"]["mean"], 0.20),
     ("smallest load entropy of a layer", lambda c: c["smallest load entropy"], 0.80),
@@ -38,7 +41,7 @@ GOALS = (
 
 
 def train_command(preset: str, out: str | None, steps: int | None, seed: int) -> str:
-    """Train (or go on), and write `checkpoint/` with weights, tokenizer, card.json and card.md. Returns the card's text.
+    """Train (or go on), and write `checkpoint/`: weights, tokenizer, card.json, card.md. Returns the card's text.
 
     ValueError: a preset that has no recipe, or a folder that holds a run of another recipe.
     """
@@ -79,7 +82,10 @@ def train_command(preset: str, out: str | None, steps: int | None, seed: int) ->
 
 def frozen(preset: str, tokenizer: Path) -> dict[str, str]:
     """SHA-256 of everything the weights depend on and that may not change under them."""
-    texts = {"tokenizer": (tokenizer / "tokenizer.json").read_text("utf-8"), "config": repr(Llama4Config.preset(preset))}
+    texts = {
+        "tokenizer": (tokenizer / "tokenizer.json").read_text("utf-8"),
+        "config": repr(Llama4Config.preset(preset)),
+    }
     return {"data": scenes.data_fingerprint()} | {k: hashlib.sha256(v.encode()).hexdigest() for k, v in texts.items()}
 
 
@@ -107,29 +113,35 @@ def card_text(card: dict) -> str:
     lines = [
         f"# {card['preset']}",
         "",
-        f"{card['parameters']:,} parameters, trained from nothing by this package on scenes that it draws itself. MIT licence;",
-        "no weights or outputs of Meta's models were used. It knows these pictures and a short glossary, which it recites",
-        "from memory, and nothing else.",
+        f"{card['parameters']:,} parameters, trained from nothing by this package on scenes that it draws itself. MIT",
+        "licence; no weights or outputs of Meta's models were used. It knows these pictures and a short glossary, which",
+        "it recites from memory, and nothing else.",
         "",
         f"- command: `{card['command']}` ({card['minutes']} minutes on {card['machine']}, {card['date']}, "
         f"torch {card['versions']['torch']})",
         f"- seed {card['recipe']['seed']}, {card['recipe']['steps']:,} steps",
         *(f"- SHA-256 of the {name}: `{value}`" for name, value in card["frozen"].items()),
-        f"- stored as bf16; every score below is of the stored weights, on {card['questions']} held-out questions whose",
-        "  objects are (colour, shape, digit) combinations that no training picture holds",
+        f"- stored as bf16; every score below is of the stored weights, on {card['questions']} held-out questions",
+        "  whose objects are (colour, shape, digit) combinations that no training picture holds",
         "",
         "| accuracy | " + " | ".join(kinds) + " | mean |",
         "|---|" + "---:|" * (len(kinds) + 1),
-        *(f"| {name} | " + " | ".join(f"{card[name]['kind'][k]:.1%}" for k in kinds) + f" | {card[name]['mean']:.1%} |"
-          for name in variants),
+        *(
+            f"| {name} | "
+            + " | ".join(f"{card[name]['kind'][k]:.1%}" for k in kinds)
+            + f" | {card[name]['mean']:.1%} |"
+            for name in variants
+        ),
         "| best guess without the picture | " + " | ".join(f"{card['chance'][k]:.1%}" for k in kinds) + " | |",
         "",
         "By language: " + ", ".join(f"{name} {value:.1%}" for name, value in card["full"]["language"].items()) + ".",
         "",
         "| goal | at least | reached | |",
         "|---|---:|---:|---|",
-        *(f"| {what} | {least:+.2f} | {value(card):+.3f} | {'yes' if value(card) >= least else 'NO'} |"
-          for what, value, least in GOALS),
+        *(
+            f"| {what} | {least:+.2f} | {value(card):+.3f} | {'yes' if value(card) >= least else 'NO'} |"
+            for what, value, least in GOALS
+        ),
         "",
         "![Training loss by step, falling](loss.png)",
         "",

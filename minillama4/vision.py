@@ -16,7 +16,7 @@ from .config import VisionConfig
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """[tiles, 3, side, side] -> [tiles, rows * rows, 3 * patch * patch], row by row; inside a patch channel, row, column."""
+    """[tiles, 3, side, side] -> [tiles, rows * rows, 3 * patch * patch]: row by row; inside, channel, row, column."""
     tiles, channels, side, _ = pixels.shape
     rows, p = side // patch_size, patch_size
     x = pixels.view(tiles, channels, rows, p, rows, p)
@@ -64,7 +64,9 @@ class VisionAttention(nn.Module):
         heads = (-1, x.shape[-1] // self.num_heads)
         q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, turn), rotate(k, turn)
-        out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)))  # [tiles, heads, patches + 1, dim]
+        out = F.scaled_dot_product_attention(
+            *(y.transpose(1, 2) for y in (q, k, v))
+        )  # [tiles, heads, patches + 1, dim]
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
 

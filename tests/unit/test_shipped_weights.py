@@ -9,7 +9,14 @@ from minillama4 import load_checkpoint, load_tokenizer, scenes
 from minillama4.checkpoint import WEIGHTS
 from minillama4.documents import Writer
 from minillama4.evaluate import (
-    accuracy, answers_right, chance, expert_load, held_out_questions, load_entropy, nope_layers_off, random_experts,
+    accuracy,
+    answers_right,
+    chance,
+    expert_load,
+    held_out_questions,
+    load_entropy,
+    nope_layers_off,
+    random_experts,
 )  # fmt: skip
 from minillama4.train_command import GOALS, frozen
 
@@ -57,14 +64,19 @@ def test_training_took_at_most_90_minutes_and_the_file_at_most_10_megabytes(card
 
 def test_fresh_held_out_questions_are_answered_as_the_card_says(model, writer, card, items):
     measured = share(model, writer, items)
-    assert measured == pytest.approx(card["full"]["mean"], abs=0.1)  # 192 questions: three standard errors are about 7 points
+    assert measured == pytest.approx(
+        card["full"]["mean"], abs=0.1
+    )  # 192 questions: three standard errors are about 7 points
 
 
 def test_the_answers_come_from_the_picture(model, writer, items):
     """With another question's picture, no better than a guesser who knows the answers' habits."""
     blind = accuracy(items, answers_right(model, writer, items, blind=True), "kind")
     guess = chance(items, samples=2000)
-    assert all(blind[kind] <= guess[kind] + 0.17 for kind in blind), (blind, guess)  # 48 questions a kind: 2.3 standard errors
+    assert all(blind[kind] <= guess[kind] + 0.17 for kind in blind), (
+        blind,
+        guess,
+    )  # 48 questions a kind: 2.3 standard errors
 
 
 def test_nope_layers_carry_the_picture_and_routing_matters(model, writer, items):
