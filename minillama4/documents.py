@@ -18,9 +18,11 @@ from .fusion import cut_tiles, image_prompt
 from .tokenizer import Tokenizer
 
 # How training is mixed, by share of batches: first mostly what teaches to see, then mostly what teaches to look things
-# up. Every batch is of one sort, so little of it is padding.
+# up; last come exams, ten questions and answers in one breath, which ask three times as much a token as a conversation.
+# Every batch is of one sort, so little of it is padding.
 SEEING = {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}
 LOOKING_UP = {"questions": 0.74, "caption": 0.12, "two pictures": 0.06, "text": 0.08}
+EXAMS = {"exam": 0.50, "questions": 0.32, "caption": 0.08, "two pictures": 0.04, "text": 0.06}
 
 
 @dataclass
@@ -89,6 +91,17 @@ class Writer:
     def assistant(self, document: Document, text: str, weight: float = 1.0):
         self._turn(document, "assistant", self.tokenizer.encode(text), weight)
 
+    def exam(self, document: Document, pairs: list[tuple[str, str]]):
+        """An assistant's turn of questions and answers, each on its line, of which only the answers are to be learned."""
+        content, weight = [], []
+        for question, answer in pairs:
+            for text, learn in ((question, 0.0), ("\n", 0.0), (answer, 1.0), ("\n", 0.0)):
+                ids = self.tokenizer.encode(text)
+                content += ids
+                weight += [learn] * len(ids)
+        self._turn(document, "assistant", content, 0.0)
+        document.weight[-1 - len(content) : -1] = weight
+
     def _turn(self, document: Document, role: str, content: list[int], weight: float):
         header = self.tokenizer.encode_header(role)
         document.ids += [*header, *content, self.stop]
@@ -143,6 +156,12 @@ class Writer:
                 self.user(document, scenes.describe_request(language), picture)
                 self.label(document, picture)
                 self.assistant(document, scenes.caption(picture, language))
+                continue
+            if sort == "exam":
+                self.user(document, scenes.exam_request(language), picture)
+                self.label(document, picture)
+                asked = [scenes.ask(picture, rng, _kind(rng, picture), language) for _ in range(10)]
+                self.exam(document, [(question.text, question.answer) for question in asked])
                 continue
             for turn in range(2 if sort == "two pictures" else questions):
                 question = scenes.ask(picture, rng, _kind(rng, picture), language)

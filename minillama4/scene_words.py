@@ -203,6 +203,12 @@ CAPTION_ITEM = {
 }
 CAPTION_JOIN = {"en": "; ", "fr": " ; ", "hi": "; ", "ar": "؛ "}
 DESCRIBE = {"en": "Describe the picture.", "fr": "Décris l'image.", "hi": "चित्र का वर्णन कीजिए।", "ar": "صف الصورة."}
+EXAM = {
+    "en": "Answer the questions.",
+    "fr": "Réponds aux questions.",
+    "hi": "प्रश्नों के उत्तर दीजिए।",
+    "ar": "أجب عن الأسئلة.",
+}
 
 # Text-only questions.
 LANGUAGE_NAMES = {

@@ -215,6 +215,11 @@ def describe_request(language: str) -> str:
     return w.DESCRIBE[language]
 
 
+def exam_request(language: str) -> str:
+    """ "Answer the questions." in that language."""
+    return w.EXAM[language]
+
+
 def ask(scene: Scene, rng: random.Random, kind: str, language: str) -> Question:
     """A question of this kind with one right answer; which form and about what, `rng` decides.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Llama4Config
-from .documents import LOOKING_UP, SEEING, Batch, Writer
+from .documents import EXAMS, LOOKING_UP, SEEING, Batch, Writer
 from .model import Llama4
 from .tokenizer import load_tokenizer
 from .trace import trace
@@ -33,18 +33,19 @@ BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dea
 class Recipe:
     """Everything that decides a run, besides the config and the data."""
 
-    steps: int = 6800
+    steps: int = 7600
     batch_size: int = 24
     adam_rate: float = 2e-3  # peak learning rates, reached after `warmup` steps
     muon_rate: float = 5e-3
     warmup: int = 100
     horizon: int = 9000  # steps of the cosine along which they then fall to a twentieth
-    cooldown: int = 1500  # last steps, over which they fall to zero wherever the cosine is
+    cooldown: int = 1800  # last steps, over which they fall to zero wherever the cosine is
     weight_decay: float = 0.05  # on matrices
     clip: float = 1.0  # norm of all gradients together
     balance: float = 0.01  # weight of the load-balance loss
     label: float = 1.0  # weight of the patch labels
     curriculum: int = 2250  # first steps, in which scenes grow from one object to six
+    exams: int = 4200  # steps before exams join the documents
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
 
@@ -72,7 +73,7 @@ def balance_loss(logits: Tensor) -> Tensor:
 def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
     """One worker's share of the batch of one step."""
     growing = step < recipe.curriculum
-    mix = SEEING if growing else LOOKING_UP
+    mix = SEEING if growing else LOOKING_UP if step < recipe.exams else EXAMS
     sort = Random(f"{recipe.seed}/{step}").choices(list(mix), list(mix.values()))[0]  # the same for all workers
     rng = Random(f"{recipe.seed}/{step}/{worker}")
     size = recipe.batch_size // recipe.workers // (2 if sort == "two pictures" else 1)
@@ -80,7 +81,7 @@ def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
     return writer.batch([writer.training_document(rng, sort, objects, questions) for _ in range(size)])
 
 
-def loss_of(model: Llama4, batch: Batch, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
+def loss_of(model: Llama4, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(mean cross-entropy of the assistant's words, of the patch labels, balance loss averaged over layers)."""
     with trace(model, router=True) as seen:
         hidden = model.hidden_states(batch.ids, batch.pixels)
@@ -159,7 +160,7 @@ def _work(
     with tqdm(total=recipe.steps, initial=step, unit="step", disable=None if rank == 0 else True) as bar:
         while step < recipe.steps:
             set_rates(optimizers, recipe, step)
-            words, labels, even = loss_of(model, batch_at(step, rank, recipe, writer), recipe)
+            words, labels, even = loss_of(model, batch_at(step, rank, recipe, writer))
             (words + recipe.label * labels + recipe.balance * even).backward()
             average_gradients(model, rank, gradients, barrier)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from minillama4 import scenes
 from minillama4.config import Llama4Config, TextConfig, VisionConfig, every
-from minillama4.documents import LOOKING_UP, Writer
+from minillama4.documents import EXAMS, Writer
 from minillama4.evaluate import load_entropy
 from minillama4.fusion import cut_tiles
 from minillama4.model import Llama4
@@ -57,7 +57,7 @@ def weights_of(folder):
 # Documents
 
 
-@pytest.mark.parametrize("sort", LOOKING_UP)
+@pytest.mark.parametrize("sort", [sort for sort in EXAMS if sort != "exam"])
 def test_only_the_assistants_words_and_labels_are_learned(writer, sort):
     document = writer.training_document(Random(5), sort, most_objects=6)
     tokenizer = writer.tokenizer
@@ -70,6 +70,15 @@ def test_only_the_assistants_words_and_labels_are_learned(writer, sort):
         if in_header and tokenizer.decode([token]) == "\n\n":
             in_header = False
     assert sum(w > 0 for w in document.weight) >= 2
+
+
+def test_an_exam_teaches_its_answers_only(writer):
+    document = writer.start()
+    writer.exam(document, [("Where is it?", "top left"), ("How many?", "3")])
+    learned = [token for token, weight in zip(document.ids, document.weight, strict=True) if weight]
+    assert writer.tokenizer.decode(learned) == "top left3"
+    assert writer.tokenizer.decode(document.ids).endswith("Where is it?\ntop left\nHow many?\n3\n")
+    assert len(document.ids) == len(document.weight)
 
 
 def test_a_batch_predicts_the_next_token_and_pads_without_weight(writer):
@@ -152,7 +161,7 @@ def test_the_losses_are_means_over_learned_tokens_and_labels_only(writer):
     model = Llama4(MINI)
     rng = Random(2)
     batch = writer.batch([writer.training_document(rng, "questions", 3) for _ in range(2)])
-    words, labels, _ = loss_of(model, batch, RECIPE)
+    words, labels, _ = loss_of(model, batch)
     with torch.no_grad():
         surprise = -model(batch.ids, batch.pixels).double().log_softmax(-1)
     told = [
