@@ -17,12 +17,18 @@ from .config import Llama4Config
 from .fusion import cut_tiles, image_prompt
 from .tokenizer import Tokenizer
 
-# How training is mixed, by share of batches: first mostly what teaches to see, then mostly what teaches to look things
-# up; last come exams, ten questions and answers in one breath, which ask three times as much a token as a conversation.
+# How training is mixed: (from this step on, share of batches by sort). First mostly what teaches to see; then mostly what
+# teaches to look things up; then in dense form: an exam is ten questions and answers in one breath, an inventory names
+# each object and says what can be found by that name, a tally counts every shape and colour.
 # Every batch is of one sort, so little of it is padding.
-SEEING = {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}
-LOOKING_UP = {"questions": 0.74, "caption": 0.12, "two pictures": 0.06, "text": 0.08}
-EXAMS = {"exam": 0.50, "questions": 0.32, "caption": 0.08, "two pictures": 0.04, "text": 0.06}
+PHASES = (
+    (0, {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}),
+    (2250, {"questions": 0.74, "caption": 0.12, "two pictures": 0.06, "text": 0.08}),
+    (4200, {"exam": 0.50, "questions": 0.32, "caption": 0.08, "two pictures": 0.04, "text": 0.06}),
+    (5300, {"inventory": 0.32, "tally": 0.12, "exam": 0.22, "questions": 0.20, "caption": 0.03, "two pictures": 0.03,
+            "text": 0.08}),
+)  # fmt: skip
+SORTS = tuple(sorted({sort for _, mix in PHASES for sort in mix}))
 
 
 @dataclass
@@ -91,14 +97,14 @@ class Writer:
     def assistant(self, document: Document, text: str, weight: float = 1.0):
         self._turn(document, "assistant", self.tokenizer.encode(text), weight)
 
-    def exam(self, document: Document, pairs: list[tuple[str, str]]):
-        """An assistant's turn of questions and answers, each on its line, of which only the answers are to be learned."""
+    def table(self, document: Document, rows: list[tuple[str, list[str]]]):
+        """An assistant's turn of (key, values), one a line, of which only the values are to be learned."""
         content, weight = [], []
-        for question, answer in pairs:
-            for text, learn in ((question, 0.0), ("\n", 0.0), (answer, 1.0), ("\n", 0.0)):
+        for key, values in rows:
+            for text, learn in [(key, 0.0), *((value, 1.0) for value in values)]:
                 ids = self.tokenizer.encode(text)
-                content += ids
-                weight += [learn] * len(ids)
+                content += ids + self.tokenizer.encode("\n")
+                weight += [learn] * len(ids) + [0.0]
         self._turn(document, "assistant", content, 0.0)
         document.weight[-1 - len(content) : -1] = weight
 
@@ -157,11 +163,14 @@ class Writer:
                 self.label(document, picture)
                 self.assistant(document, scenes.caption(picture, language))
                 continue
-            if sort == "exam":
-                self.user(document, scenes.exam_request(language), picture)
+            if sort in ("exam", "inventory", "tally"):
+                self.user(document, scenes.request(sort, language), picture)
                 self.label(document, picture)
-                asked = [scenes.ask(picture, rng, _kind(rng, picture), language) for _ in range(10)]
-                self.exam(document, [(question.text, question.answer) for question in asked])
+                if sort == "exam":
+                    asked = [scenes.ask(picture, rng, _kind(rng, picture), language) for _ in range(10)]
+                    self.table(document, [(question.text, [question.answer]) for question in asked])
+                else:
+                    self.table(document, getattr(scenes, sort)(picture, rng, language))
                 continue
             for turn in range(2 if sort == "two pictures" else questions):
                 question = scenes.ask(picture, rng, _kind(rng, picture), language)

@@ -203,6 +203,13 @@ CAPTION_ITEM = {
 }
 CAPTION_JOIN = {"en": "; ", "fr": " ; ", "hi": "; ", "ar": "؛ "}
 DESCRIBE = {"en": "Describe the picture.", "fr": "Décris l'image.", "hi": "चित्र का वर्णन कीजिए।", "ar": "صف الصورة."}
+INVENTORY = {
+    "en": "List the objects.",
+    "fr": "Fais la liste des objets.",
+    "hi": "आकृतियों की सूची दीजिए।",
+    "ar": "اذكر الأشكال.",
+}
+TALLY = {"en": "Count everything.", "fr": "Compte tout.", "hi": "सब कुछ गिनिए।", "ar": "عد كل شيء."}
 EXAM = {
     "en": "Answer the questions.",
     "fr": "Réponds aux questions.",

@@ -215,9 +215,34 @@ def describe_request(language: str) -> str:
     return w.DESCRIBE[language]
 
 
-def exam_request(language: str) -> str:
-    """ "Answer the questions." in that language."""
-    return w.EXAM[language]
+def request(what: str, language: str) -> str:
+    """What a user says to get an "exam", an "inventory" or a "tally"."""
+    return {"exam": w.EXAM, "inventory": w.INVENTORY, "tally": w.TALLY}[what][language]
+
+
+def inventory(scene: Scene, rng: random.Random, language: str) -> list[tuple[str, list[str]]]:
+    """(name, [place, size, digit]) of each object, in any order: what follows a name can only be found by the name."""
+    items = list(scene.items)
+    rng.shuffle(items)
+    alone = {attribute: _unique(scene, attribute) for attribute in ("colour", "shape")}
+    rows = []
+    for item in items:
+        names = [{"colour": item.colour, "shape": item.shape}]
+        names += [{attribute: getattr(item, attribute)} for attribute in alone if item in alone[attribute]]
+        name = phrase(language, "the", **rng.choice(names))
+        size = w.SIZES[language][item.size][w.SIZE_GENDER[language]]
+        rows.append((name, [w.PLACES[language][item.place], size, str(item.digit)]))
+    return rows
+
+
+def tally(scene: Scene, rng: random.Random, language: str) -> list[tuple[str, list[str]]]:
+    """(name, [count]) of each shape and colour, in any order."""
+    kinds = [{"shape": shape} for shape in SHAPES] + [{"colour": colour} for colour in COLOURS]
+    rng.shuffle(kinds)
+    return [
+        (phrase(language, "many", **kind), [str(sum(kind.items() <= vars(item).items() for item in scene.items))])
+        for kind in kinds
+    ]
 
 
 def ask(scene: Scene, rng: random.Random, kind: str, language: str) -> Question:

@@ -8,6 +8,7 @@ kept even by the auxiliary loss of the Switch Transformer (Llama 4's own method 
 import json
 import math
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .config import Llama4Config
-from .documents import EXAMS, LOOKING_UP, SEEING, Batch, Writer
+from .documents import PHASES, Batch, Writer
 from .model import Llama4
 from .tokenizer import load_tokenizer
 from .trace import trace
@@ -33,7 +34,7 @@ BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dea
 class Recipe:
     """Everything that decides a run, besides the config and the data."""
 
-    steps: int = 7600
+    steps: int = 8300
     batch_size: int = 24
     adam_rate: float = 2e-3  # peak learning rates, reached after `warmup` steps
     muon_rate: float = 5e-3
@@ -45,7 +46,6 @@ class Recipe:
     balance: float = 0.01  # weight of the load-balance loss
     label: float = 1.0  # weight of the patch labels
     curriculum: int = 2250  # first steps, in which scenes grow from one object to six
-    exams: int = 4200  # steps before exams join the documents
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
 
@@ -72,12 +72,11 @@ def balance_loss(logits: Tensor) -> Tensor:
 
 def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
     """One worker's share of the batch of one step."""
-    growing = step < recipe.curriculum
-    mix = SEEING if growing else LOOKING_UP if step < recipe.exams else EXAMS
+    mix = [mix for first, mix in PHASES if step >= first][-1]
     sort = Random(f"{recipe.seed}/{step}").choices(list(mix), list(mix.values()))[0]  # the same for all workers
     rng = Random(f"{recipe.seed}/{step}/{worker}")
     size = recipe.batch_size // recipe.workers // (2 if sort == "two pictures" else 1)
-    objects, questions = recipe.most_objects(step), 4 if growing else 6
+    objects, questions = recipe.most_objects(step), 4 if step < recipe.curriculum else 6
     return writer.batch([writer.training_document(rng, sort, objects, questions) for _ in range(size)])
 
 
@@ -149,6 +148,8 @@ def _work(
 ) -> Llama4:
     """What each worker does; all hold the same weights, and worker 0 saves and shows progress."""
     torch.set_num_threads(1)
+    if rank > 0:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
     writer = Writer(config, load_tokenizer(tokenizer_folder))
     model = Llama4(config)
     model.reset_parameters(generator=torch.Generator().manual_seed(recipe.seed))
@@ -178,6 +179,14 @@ def _work(
                 rows = (f"{i},{a:.5f},{b:.5f},{c:.4f}\n" for i, (a, b, c) in enumerate(losses))
                 write_atomically(folder / "loss.csv", "step,words,labels,balance\n" + "".join(rows))
     return model.eval()
+
+
+def _end_with_parent():
+    """A worker whose parent was killed would wait for it at the barrier, and then for its own queues; end at once."""
+    parent = torch.multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def average_gradients(model: Llama4, rank: int, gradients: Tensor, barrier):

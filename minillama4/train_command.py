@@ -114,7 +114,7 @@ def card_text(card: dict) -> str:
         f"# {card['preset']}",
         "",
         f"{card['parameters']:,} parameters, trained from nothing by this package on scenes that it draws itself. MIT",
-        "licence; no weights or outputs of Meta's models were used. It knows these pictures and a short glossary, which",
+        "licence; no weights or outputs of Meta's models were used. It knows these pictures and a short glossary, that",
         "it recites from memory, and nothing else.",
         "",
         f"- command: `{card['command']}` ({card['minutes']} minutes on {card['machine']}, {card['date']}, "

@@ -4,11 +4,12 @@ import json
 import re
 import shutil
 import struct
+from random import Random
 
 import pytest
 from PIL import Image
 
-from minillama4 import ask, scenes
+from minillama4 import ask, load_tokenizer, scenes
 from minillama4.checkpoint import WEIGHTS
 from minillama4.cli import main
 
@@ -38,7 +39,7 @@ def refused(capsys, tmp_path, *arguments) -> str:
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "scene.png"
-    scenes.render(scenes.draw_scene(__import__("random").Random(3), "held-out")).save(path)
+    scenes.render(scenes.draw_scene(Random(3), "held-out")).save(path)
     return path
 
 
@@ -50,8 +51,8 @@ def test_ask_prints_the_answer_that_the_function_gives(capsys, picture):
 
 @pytest.mark.parametrize("language", scenes.LANGUAGES)
 def test_ask_answers_in_the_language_of_the_question(capsys, picture, language):
-    scene = scenes.draw_scene(__import__("random").Random(3), "held-out")
-    question = scenes.ask(scene, __import__("random").Random(1), "place", language)
+    scene = scenes.draw_scene(Random(3), "held-out")
+    question = scenes.ask(scene, Random(1), "place", language)
     code, out, _ = run(capsys, "ask", picture, question.text)
     assert code == 0 and out.strip() in question.choices
 
@@ -65,7 +66,7 @@ def test_a_picture_of_any_proportion_is_answered(capsys, tmp_path, size):
 
 
 def test_a_jpeg_four_times_as_large_gets_the_same_answer(tmp_path, picture):
-    scene = scenes.draw_scene(__import__("random").Random(3), "held-out")
+    scene = scenes.draw_scene(Random(3), "held-out")
     scenes.render(scene, scale=4).save(tmp_path / "large.jpg", quality=95)
     question = "How many objects are there?"
     assert ask(tmp_path / "large.jpg", question) == ask(picture, question)
@@ -84,7 +85,8 @@ def test_explain_shows_layout_experts_and_time(capsys, picture):
     assert "16 x <|patch|>, <|tile_x_separator|>" in out and "<|image_end|>" in out
     rows = [line for line in out.splitlines() if re.match(r" *\d+[ >] ", line)]
     layout = re.search(r"layout of (\d+) prompt tokens", out)
-    assert len(rows) == int(layout[1]) + 2  # the answer and the end of the turn are not in the prompt
+    answer = load_tokenizer("mini-scout").encode(out.splitlines()[0].removeprefix("answer: "))
+    assert len(rows) == int(layout[1]) + len(answer)
     experts = [row.split()[-8:] for row in rows]
     assert all(cell == "." or 0 <= int(cell) < 8 for row in experts for cell in row)
     prompt = int(layout[1])

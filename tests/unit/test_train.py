@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from minillama4 import scenes
 from minillama4.config import Llama4Config, TextConfig, VisionConfig, every
-from minillama4.documents import EXAMS, Writer
+from minillama4.documents import SORTS, Writer
 from minillama4.evaluate import load_entropy
 from minillama4.fusion import cut_tiles
 from minillama4.model import Llama4
@@ -57,7 +57,7 @@ def weights_of(folder):
 # Documents
 
 
-@pytest.mark.parametrize("sort", [sort for sort in EXAMS if sort != "exam"])
+@pytest.mark.parametrize("sort", ["questions", "caption", "two pictures", "text"])
 def test_only_the_assistants_words_and_labels_are_learned(writer, sort):
     document = writer.training_document(Random(5), sort, most_objects=6)
     tokenizer = writer.tokenizer
@@ -72,13 +72,34 @@ def test_only_the_assistants_words_and_labels_are_learned(writer, sort):
     assert sum(w > 0 for w in document.weight) >= 2
 
 
-def test_an_exam_teaches_its_answers_only(writer):
+def test_a_table_teaches_its_values_only(writer):
     document = writer.start()
-    writer.exam(document, [("Where is it?", "top left"), ("How many?", "3")])
+    writer.table(document, [("the red circle", ["top left", "small"]), ("circles", ["3"])])
     learned = [token for token, weight in zip(document.ids, document.weight, strict=True) if weight]
-    assert writer.tokenizer.decode(learned) == "top left3"
-    assert writer.tokenizer.decode(document.ids).endswith("Where is it?\ntop left\nHow many?\n3\n")
+    assert writer.tokenizer.decode(learned) == "top leftsmall3"
+    assert writer.tokenizer.decode(document.ids).endswith("\n\nthe red circle\ntop left\nsmall\ncircles\n3\n")
     assert len(document.ids) == len(document.weight)
+
+
+def test_inventories_and_tallies_are_true():
+    rng = Random(4)
+    for _ in range(50):
+        scene = scenes.draw_scene(rng)
+        for name, (place, size, digit) in scenes.inventory(scene, rng, "en"):
+            named = [
+                i for i in scene.items if all(word in (i.colour, i.shape, "the", "object") for word in name.split())
+            ]
+            assert [(i.place, i.size, str(i.digit)) for i in named] == [(place, size, digit)], name
+        counts = dict(scenes.tally(scene, rng, "en"))
+        assert len(counts) == len(scenes.SHAPES) + len(scenes.COLOURS)
+        assert counts["red objects"] == [str(sum(i.colour == "red" for i in scene.items))]
+        assert counts["crosses"] == [str(sum(i.shape == "cross" for i in scene.items))]
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_sort_of_document_is_padded_to_one_batch(writer, sort):
+    batch = writer.batch([writer.training_document(Random(seed), sort, 6) for seed in range(3)])
+    assert batch.ids.shape == batch.targets.shape == batch.weights.shape and (batch.weights.sum(1) > 0).all()
 
 
 def test_a_batch_predicts_the_next_token_and_pads_without_weight(writer):
