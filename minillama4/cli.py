@@ -7,9 +7,9 @@ from importlib.resources import files
 # Commands import what they need when they run, so that `minillama4 --help` answers at once.
 
 DEMO = (  # bundled picture, question, the right answer
-    ("one.png", "How many circles are there?", None),
-    ("two.png", "Où est le triangle bleu ?", None),
-    ("three.png", "Is the red star left of the green square?", None),
+    ("one.png", "How many objects are there?", "5"),
+    ("two.png", "Qu'y a-t-il en haut à droite ?", "triangle bleu"),
+    ("three.png", "أي شكل لونه أزرق؟", "مربع"),
 )
 
 

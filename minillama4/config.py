@@ -52,7 +52,8 @@ class TextConfig:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "max_positions", "floor_scale")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads "
+                             f"({self.num_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
         if self.chunk_size is not None:

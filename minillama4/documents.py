@@ -17,9 +17,9 @@ from .config import Llama4Config
 from .fusion import cut_tiles, image_prompt
 from .tokenizer import Tokenizer
 
-# How training is mixed: (from this step on, share of batches by sort). First mostly what teaches to see; then mostly what
-# teaches to look things up; then in dense form: an exam is ten questions and answers in one breath, an inventory names
-# each object and says what can be found by that name, a tally counts every shape and colour.
+# How training is mixed: (from this step on, share of batches by sort). First mostly what teaches to see; then mostly
+# what teaches to look things up; then in dense form: an exam is ten questions and answers in one breath, an inventory
+# names each object and says what can be found by that name, a tally counts every shape and colour.
 # Every batch is of one sort, so little of it is padding.
 PHASES = (
     (0, {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}),

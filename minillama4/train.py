@@ -34,13 +34,13 @@ BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dea
 class Recipe:
     """Everything that decides a run, besides the config and the data."""
 
-    steps: int = 8300
+    steps: int = 6900
     batch_size: int = 24
     adam_rate: float = 2e-3  # peak learning rates, reached after `warmup` steps
     muon_rate: float = 5e-3
     warmup: int = 100
     horizon: int = 9000  # steps of the cosine along which they then fall to a twentieth
-    cooldown: int = 1800  # last steps, over which they fall to zero wherever the cosine is
+    cooldown: int = 600  # last steps, over which they fall to zero wherever the cosine is
     weight_decay: float = 0.05  # on matrices
     clip: float = 1.0  # norm of all gradients together
     balance: float = 0.01  # weight of the load-balance loss
