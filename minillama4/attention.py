@@ -180,22 +180,22 @@ class Attention(nn.Module):
         turn: [tokens, 1, dim / 2] rotations; scale: [tokens] temperatures or None; start: position of the first token.
         """
         config, tokens = self.config, x.shape[1]
-        q = self.q_proj(x[:, tokens - queries :]).unflatten(-1, (-1, config.head_dim))  # [batch, queries, heads, dim]
+        new = slice(tokens - queries, tokens)  # the tokens whose outputs are wanted
+        q = self.q_proj(x[:, new]).unflatten(-1, (-1, config.head_dim))  # [batch, queries, heads, dim]
         k = self.k_proj(x).unflatten(-1, (-1, config.head_dim))  # [batch, tokens, kv_heads, dim]
         v = self.v_proj(x).unflatten(-1, (-1, config.head_dim))
-        if self.rotary:
-            q, k = rotate(q, turn[tokens - queries :]), rotate(k, turn)
-            if config.qk_norm:  # RMS over each head's channels, so |q| = |k| = sqrt(dim); no weight
-                q = F.rms_norm(q.float(), q.shape[-1:], eps=config.norm_eps).type_as(q)
-                k = F.rms_norm(k.float(), k.shape[-1:], eps=config.norm_eps).type_as(k)
+        if self.rotary and queries == tokens:  # the same is done to q and k: do it once
+            q, k = self.turned(torch.cat([q, k], dim=2), turn).split([config.num_heads, config.num_kv_heads], dim=2)
+        elif self.rotary:
+            q, k = self.turned(q, turn[new]), self.turned(k, turn)
         elif scale is not None:
-            q = (q * scale[tokens - queries :, None, None]).type_as(q)
+            q = (q * scale[new, None, None]).type_as(q)
 
-        past = cache.read(start) if cache is not None else None
         if self.probe is not None:
+            past = cache.read(start) if cache is not None else None
             self.probe(q, k if past is None else torch.cat([past[0], k], dim=1), start + tokens)
         if queries > 1:
-            out = self.attend(q, k, v, past, start)
+            out = self.attend(q, k, v, cache.read(start) if cache is not None else None, start)
         if cache is not None:
             cache.write(k, v, start)  # only now: a piece that crosses a border overwrites the chunk it began in
         if queries == 0:
@@ -203,6 +203,11 @@ class Attention(nn.Module):
         if queries == 1:
             out = full_attention(q, *self.visible_to_last(k, v, cache, start))
         return self.o_proj(out.flatten(-2))
+
+    def turned(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Rotated, then with RMS 1 over each head's channels, so that |q| = |k| = sqrt(dim); no weight."""
+        x = rotate(x, turn)
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.config.norm_eps).type_as(x) if self.config.qk_norm else x
 
     def visible_to_last(self, k: Tensor, v: Tensor, cache: LayerCache | None, start: int) -> tuple[Tensor, Tensor]:
         """The keys and values that the last token may see; there is no mask to make, because it sees all of them."""
@@ -213,7 +218,7 @@ class Attention(nn.Module):
         return k[:, first:], v[:, first:]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, start: int) -> Tensor:
-        """All tokens of the piece as queries, [batch, tokens, heads, dim]: over the piece and its past, context or chunk."""
+        """All tokens of the piece as queries, [batch, tokens, heads, dim], over the piece and its past."""
         tokens, chunk = k.shape[1], self.chunk_size
         if chunk is None:
             return causal_attention(q, k, v) if past is None else continued_attention(q, *past, k, v)

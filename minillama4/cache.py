@@ -21,12 +21,12 @@ class LayerCache:
         self.v = torch.empty(shape, device=device, dtype=dtype)
 
     def read(self, start: int) -> tuple[Tensor, Tensor] | None:
-        """What a query at position `start` may see of the tokens before it: two [batch, past, kv_heads, dim], or None."""
+        """What a query at position `start` may see of what came before: two [batch, past, kv_heads, dim], or None."""
         past = start if self.chunk_size is None else start % self.chunk_size
         return (self.k[:, :past], self.v[:, :past]) if past else None
 
     def read_through(self, position: int) -> tuple[Tensor, Tensor]:
-        """What the query at `position` sees, itself included, once it is written: two [batch, 1 or more, kv_heads, dim]."""
+        """What the query at `position` sees once it is written, itself included: two [batch, seen, kv_heads, dim]."""
         held = position + 1 if self.chunk_size is None else position % self.chunk_size + 1
         return self.k[:, :held], self.v[:, :held]
 
@@ -39,8 +39,8 @@ class LayerCache:
             end = start + k.shape[1]
             first = max(start, (end - 1) // self.chunk_size * self.chunk_size)  # the last token's chunk begins here
             k, v, start = k[:, first - start :], v[:, first - start :], first % self.chunk_size
-        self.k[:, start : start + k.shape[1]] = k.detach()
-        self.v[:, start : start + v.shape[1]] = v.detach()
+        self.k.narrow(1, start, k.shape[1]).copy_(k.detach())
+        self.v.narrow(1, start, v.shape[1]).copy_(v.detach())
 
 
 class KVCache:

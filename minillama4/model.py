@@ -45,7 +45,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, turn: Tensor, scale: Tensor | None, cache: LayerCache | None, start: int, queries: int
     ) -> Tensor:
-        """[batch, tokens, hidden] -> [batch, queries, hidden]: the last `queries` tokens (arguments as in `Attention`)."""
+        """[batch, tokens, hidden] -> [batch, queries, hidden]: the last tokens' outputs (arguments as in `Attention`)."""
         attended = self.self_attn(self.input_layernorm(x), turn, scale, cache, start, queries)
         if queries == 0:
             return attended
@@ -85,7 +85,10 @@ class Llama4(nn.Module):
             else:
                 inputs = parameter.shape[-2 if "experts." in name else -1]  # experts are used as x @ W
                 std = inputs**-0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj", "mlp.fc2.weight")) and "adapter" not in name:
+            if (
+                name.endswith(("o_proj.weight", "down_proj.weight", "down_proj", "mlp.fc2.weight"))
+                and "adapter" not in name
+            ):
                 std /= (2 * depth[name.split(".")[0]]) ** 0.5  # so that the sum over all branches stays near 1
             if name == "lm_head.weight":
                 std /= 10  # start from nearly equal chances
@@ -98,7 +101,9 @@ class Llama4(nn.Module):
             raise ValueError("pixel_values were given, but this config has no vision")
         wanted = (3, vision.tile_size, vision.tile_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != wanted:
-            raise ValueError(f"pixel_values is {list(pixel_values.shape)}; it must be [tiles, {', '.join(map(str, wanted))}]")
+            raise ValueError(
+                f"pixel_values is {list(pixel_values.shape)}; it must be [tiles, {', '.join(map(str, wanted))}]"
+            )
         return self.multi_modal_projector["linear_1"](self.vision_model(pixel_values.to(self.lm_head.weight.dtype)))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -143,10 +148,10 @@ class Llama4(nn.Module):
                 f"input_ids is {list(input_ids.shape)} {input_ids.dtype}; it must be [batch, 1 or more tokens] int64"
             )
         text = self.config.text
-        if not input_ids.is_meta and (input_ids.min() < 0 or input_ids.max() >= text.vocab_size):
-            raise ValueError(
-                f"input_ids holds {int(input_ids.min())} to {int(input_ids.max())}; ids run from 0 to {text.vocab_size - 1}"
-            )
+        if not input_ids.is_meta:
+            lowest, highest = (int(id) for id in input_ids.aminmax())
+            if lowest < 0 or highest >= text.vocab_size:
+                raise ValueError(f"input_ids holds {lowest} to {highest}; ids run from 0 to {text.vocab_size - 1}")
         wanted = {"all": input_ids.shape[1], "last": 1, "none": 0}[logits]
         x = self.hidden_states(input_ids, pixel_values, cache, wanted)
         return self.lm_head(x) if wanted else None

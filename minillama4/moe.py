@@ -5,6 +5,8 @@ Source: Meta's `models/llama4/moe.py`; Llama 4 has no softmax here and no weight
 Hugging Face's code run every expert on every token; only the chosen ones are computed here, with the same result.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,8 +17,44 @@ def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
 
     counts_E: how many rows each expert has; 0 is fine. The single door to faster backends.
     """
-    groups = zip(x_TD.split(counts_E), w_EDF.unbind(0), strict=True)
-    return torch.cat([x @ w for x, w in groups if len(x)])
+    return _GroupedProduct.apply(x_TD, w_EDF, counts_E)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """One product a group, each written to its place in one result.
+
+    Left to itself, autograd would make a tensor of every expert's weight gradient and then copy all E into one.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, w_EDF, counts_E):
+        ctx.save_for_backward(x_TD, w_EDF)
+        ctx.counts_E = counts_E
+        y_TF = x_TD.new_empty(len(x_TD), w_EDF.shape[-1])
+        for expert, rows in _groups(counts_E):
+            torch.mm(x_TD[rows], w_EDF[expert], out=y_TF[rows])
+        return y_TF
+
+    @staticmethod
+    def backward(ctx, grad_TF):
+        x_TD, w_EDF = ctx.saved_tensors
+        grad_x_TD, grad_w_EDF = torch.empty_like(x_TD), torch.empty_like(w_EDF)
+        for expert, rows in _groups(ctx.counts_E):
+            torch.mm(grad_TF[rows], w_EDF[expert].T, out=grad_x_TD[rows])
+            torch.mm(x_TD[rows].T, grad_TF[rows], out=grad_w_EDF[expert])
+        for expert, count in enumerate(ctx.counts_E):
+            if count == 0:
+                grad_w_EDF[expert].zero_()
+        return grad_x_TD, grad_w_EDF, None
+
+
+def _groups(counts_E: list[int]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) of those experts that have any."""
+    end = 0
+    for expert, count in enumerate(counts_E):
+        start, end = end, end + count
+        if count:
+            yield expert, slice(start, end)
 
 
 class FeedForward(nn.Module):
