@@ -45,7 +45,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, turn: Tensor, scale: Tensor | None, cache: LayerCache | None, start: int, queries: int
     ) -> Tensor:
-        """[batch, tokens, hidden] -> [batch, queries, hidden]: the last tokens' outputs (arguments as in `Attention`)."""
+        """[batch, tokens, hidden] -> [batch, queries, hidden]: the last tokens (arguments as in `Attention`)."""
         attended = self.self_attn(self.input_layernorm(x), turn, scale, cache, start, queries)
         if queries == 0:
             return attended
