@@ -13,6 +13,7 @@ from .attention import Attention, inverse_frequencies, rotation, temperature
 from .cache import KVCache, LayerCache
 from .config import Llama4Config, TextConfig
 from .fusion import merge_image_embeddings
+from .linear import Linear
 from .moe import FeedForward, MoE
 from .vision import build_vision
 
@@ -63,7 +64,7 @@ class Llama4(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, layer) for layer in range(text.num_layers))
         self.norm = RMSNorm(text.hidden_size, text.norm_eps)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = Linear(text.hidden_size, text.vocab_size)
         if config.vision is not None:
             self.vision_model, self.multi_modal_projector = build_vision(config.vision, text.hidden_size)
         self.reset_parameters()

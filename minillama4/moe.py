@@ -11,17 +11,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear, row_product
+
 
 def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
     """Rows sorted by expert, each group times its own matrix: [T, D], [E, D, F] -> [T, F].
 
     counts_E: how many rows each expert has; 0 is fine. The single door to faster backends.
     """
+    experts, largest = len(counts_E), max(counts_E)
+    if torch.get_num_threads() > 1 and experts * largest <= MOST_PADDING * len(x_TD):
+        return _padded_product(x_TD, w_EDF, counts_E, largest)
     return _GroupedProduct.apply(x_TD, w_EDF, counts_E)
 
 
+MOST_PADDING = 2.5  # rows with padding / rows: up to here, one batched product beats a loop over experts
+
+
+def _padded_product(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int], largest: int) -> Tensor:
+    """All groups in one batched product, filled up with zeros to the largest one (R rows).
+
+    Its threads share the experts; in a loop they would share each small product, of which little is left to share.
+    """
+    experts = len(counts_E)
+    counts = torch.tensor(counts_E, device=x_TD.device)
+    gap_E = torch.arange(experts, device=x_TD.device) * largest - (counts.cumsum(0) - counts)
+    slot_T = torch.arange(len(x_TD), device=x_TD.device) + gap_E.repeat_interleave(counts)  # row e * R + i of group e
+    x_ERD = x_TD.new_zeros(experts * largest, x_TD.shape[1]).index_copy(0, slot_T, x_TD).view(experts, largest, -1)
+    return torch.bmm(x_ERD, w_EDF).flatten(0, 1)[slot_T]
+
+
 class _GroupedProduct(torch.autograd.Function):
-    """One product a group, each written to its place in one result.
+    """A loop: one product a group, each written to its place in one result, and no row of padding.
 
     Left to itself, autograd would make a tensor of every expert's weight gradient and then copy all E into one.
     """
@@ -62,9 +83,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width)
+        self.up_proj = Linear(hidden_size, width)
+        self.down_proj = Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -85,8 +106,8 @@ class Experts(nn.Module):
         """
         if len(x_TD) == 1:  # decode: nothing to sort
             expert = int(expert_T)
-            gate_TF, up_TF = (x_TD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-            return (F.silu(gate_TF) * up_TF) @ self.down_proj[expert]
+            gate_TF, up_TF = row_product(x_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            return row_product(F.silu(gate_TF) * up_TF, self.down_proj[expert])
         order_T = expert_T.argsort(stable=True)
         counts_E = torch.bincount(expert_T, minlength=len(self.down_proj)).tolist()
         gate_TF, up_TF = grouped_mm(x_TD[order_T], self.gate_up_proj, counts_E).chunk(2, dim=-1)
@@ -99,7 +120,7 @@ class MoE(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, expert_width: int):
         super().__init__()
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.router = Linear(hidden_size, num_experts)
         self.experts = Experts(num_experts, hidden_size, expert_width)
         self.shared_expert = FeedForward(hidden_size, expert_width)
         self.probe = None  # set by `trace`: called with the very routes that are about to be used

@@ -12,9 +12,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import randomise, relative_error
 
-from minillama4.moe import Experts, FeedForward, MoE, grouped_mm
+from minillama4 import linear as linear_module
+from minillama4 import moe as moe_module
+from minillama4.linear import Linear, row_product
+from minillama4.moe import MOST_PADDING, Experts, FeedForward, MoE, grouped_mm
 
 D, WIDTH, E = 6, 10, 5
+
+
+@pytest.fixture(scope="module", autouse=True, params=[0, math.inf], ids=["loop", "padded"])
+def backend(request):
+    """Everything below holds for both ways of multiplying groups: never pad, or always."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_module, "MOST_PADDING", request.param)
+        patch.setattr(torch, "get_num_threads", lambda: 2)
+        yield request.param
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -143,6 +155,32 @@ def test_grouped_mm_multiplies_each_group_by_its_own_matrix():
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("outputs", [128, 129, 64])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 5)])
+def test_linear_gives_one_row_what_it_gives_many(outputs, rows, monkeypatch):
+    """One row goes through both halves of the weight, unless it is small or has no halves."""
+    monkeypatch.setattr(linear_module, "SMALL", 128 * 24)
+    linear = Linear(24, outputs)
+    x = draw(*rows, 24).requires_grad_()
+    wanted = x.double() @ linear.weight.double().T
+    got = linear(x)
+    assert got.shape == wanted.shape and relative_error(got, wanted) < 1e-6
+    push = draw(*got.shape, seed=3)
+    for mine, theirs in zip(
+        torch.autograd.grad((got * push).sum(), [x, linear.weight]),
+        torch.autograd.grad((wanted * push).sum(), [x, linear.weight]),
+        strict=True,
+    ):
+        assert relative_error(mine, theirs) < 1e-6
+
+
+def test_a_row_times_an_experts_matrix_is_the_plain_product(monkeypatch):
+    monkeypatch.setattr(linear_module, "SMALL", 0)
+    for inputs in (D, D + 1):  # with halves, and without
+        x, w = draw(1, inputs), draw(inputs, 7, seed=1)
+        assert relative_error(row_product(x, w), x.double() @ w.double()) < 1e-6
+
+
 def test_feed_forward_is_swiglu():
     ff = randomise(FeedForward(D, WIDTH))
     x = draw(2, 3, D)
@@ -165,17 +203,34 @@ def test_experts_that_nobody_chose_are_never_computed(moe, tokens):
     assert torch.equal(moe(x), wanted)
 
 
-def test_a_token_costs_the_same_with_8_experts_as_with_128():
-    """Multiplications, counted by torch: those of the router grow, those of the experts do not."""
+def flops_of_experts(experts: int, tokens: int) -> int:
+    """Counted by torch, without the router's."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    flops = []
-    for experts in (8, 128):
-        moe, x = randomise(MoE(D, experts, WIDTH)), draw(1, 40, D)
-        with FlopCounterMode(display=False) as counter:
-            moe(x)
-        flops.append(counter.get_total_flops() - 2 * 40 * D * experts)
-    assert flops[0] == flops[1] == 2 * 2 * 3 * 40 * D * WIDTH  # routed and shared, three matrices, 2 per product
+    moe, x = randomise(MoE(D, experts, WIDTH)), draw(1, tokens, D)
+    with FlopCounterMode(display=False) as counter:
+        moe(x)
+    return counter.get_total_flops() - 2 * tokens * D * experts
+
+
+def test_a_token_costs_the_same_with_8_experts_as_with_128(backend):
+    if backend:
+        pytest.skip("padding costs more; the next test says how much at most")
+    need = 2 * 2 * 3 * 40 * D * WIDTH  # routed and shared, three matrices, 2 per product
+    assert flops_of_experts(8, 40) == flops_of_experts(128, 40) == need
+
+
+@pytest.mark.parametrize(("experts", "tokens", "pads"), [(128, 40, False), (4, 200, True), (4, 2, False)])
+def test_padding_is_used_only_where_it_costs_little(monkeypatch, experts, tokens, pads):
+    monkeypatch.setattr(moe_module, "MOST_PADDING", MOST_PADDING)
+    need = 2 * 3 * tokens * D * WIDTH  # of the shared expert, and of the routed ones if nothing is padded
+    routed = flops_of_experts(experts, tokens) - need
+    assert (need < routed <= MOST_PADDING * need) if pads else routed == need
+
+
+def test_one_thread_has_no_use_for_padding(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert flops_of_experts(4, 200) == 2 * 2 * 3 * 200 * D * WIDTH
 
 
 # ----------------------------------------------------------------------------------------------------------------------
