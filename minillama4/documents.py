@@ -1,11 +1,13 @@
 """From scenes to training documents: a picture, questions about it, a caption, as one conversation of token ids.
 
-Three sorts of target make one picture teach more than its one answer would. The assistant's words, as usual. Captions,
-which name every object. And labels: where an object lies, the patch token is to predict that object's words (colour,
-shape, size, digit, place). Without labels nothing points at a place in the picture until attention has found it by
-chance, which takes far longer than all the rest. Nothing reads what a patch token predicts once training is over.
+Three sorts of target make one picture teach more than its one answer would. The assistant's words, as usual. Tables:
+an inventory names each object and says what can be found by that name, a tally counts every shape and colour, an exam
+is ten questions and answers in one breath. And labels: where an object lies, the picture's vector is to resemble the
+embeddings of that object's words, in the document's language. A question about "le cercle rouge" then finds in the
+picture what it holds itself; without labels, attention has to discover by chance that it could look there at all.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from random import Random
 
@@ -17,17 +19,18 @@ from .config import Llama4Config
 from .fusion import cut_tiles, image_prompt
 from .tokenizer import Tokenizer
 
-# How training is mixed: (from this step on, share of batches by sort). First mostly what teaches to see; then mostly
-# what teaches to look things up; then in dense form: an exam is ten questions and answers in one breath, an inventory
-# names each object and says what can be found by that name, a tally counts every shape and colour.
-# Every batch is of one sort, so little of it is padding.
+# How training is mixed: (from this share of the horizon on, share of batches by sort). First mostly what is dense; then
+# mostly what is hard, and conversations like those that `ask` will meet. Every batch is of one sort, so little of it is
+# padding.
 PHASES = (
-    (0, {"questions": 0.45, "caption": 0.40, "two pictures": 0.07, "text": 0.08}),
-    (2250, {"questions": 0.74, "caption": 0.12, "two pictures": 0.06, "text": 0.08}),
-    (4200, {"exam": 0.50, "questions": 0.32, "caption": 0.08, "two pictures": 0.04, "text": 0.06}),
-    (5300, {"inventory": 0.32, "tally": 0.12, "exam": 0.22, "questions": 0.20, "caption": 0.03, "two pictures": 0.03,
-            "text": 0.08}),
+    (0.0, {"inventory": 0.30, "tally": 0.08, "exam": 0.20, "caption": 0.20, "questions": 0.14, "two pictures": 0.03,
+           "text": 0.05}),
+    (0.35, {"counts": 0.23, "relations": 0.12, "exam": 0.20, "inventory": 0.09, "caption": 0.03, "questions": 0.24,
+            "two pictures": 0.02, "text": 0.07}),
+    (0.6, {"counts": 0.15, "relations": 0.08, "attributes": 0.19, "exam": 0.16, "inventory": 0.04, "caption": 0.05,
+           "questions": 0.26, "two pictures": 0.01, "text": 0.06}),
 )  # fmt: skip
+EXAMS = {"exam": None, "attributes": "attribute", "counts": "count", "relations": "relation"}  # ten questions each
 SORTS = tuple(sorted({sort for _, mix in PHASES for sort in mix}))
 
 
@@ -36,7 +39,7 @@ class Document:
     ids: list[int]
     weight: list[float]  # of each id as a target; 0 on the user's words
     pictures: list[scenes.Scene] = field(default_factory=list)
-    labels: list[tuple[int, int]] = field(default_factory=list)  # (position of a patch token, a word it should predict)
+    labels: list[tuple[int, int]] = field(default_factory=list)  # (a picture vector, a word it should resemble)
 
 
 @dataclass
@@ -44,7 +47,9 @@ class Batch:
     ids: Tensor  # [documents, longest] int64
     targets: Tensor  # [documents, longest]: what follows token t of document i
     weights: Tensor  # [documents, longest]: how much that counts
-    labels: Tensor  # [labels, 3]: document, position of a patch token, a word that it should predict
+    labels: Tensor  # [labels, 2]: which of the batch's picture vectors, a word that it should resemble
+    points: Tensor  # [points, 2]: document, position of a word that some object of the picture has
+    pointed: Tensor  # [points, longest] bool: the patch tokens that lie on those objects
     pixels: Tensor | None  # [tiles, 3, side, side]
 
 
@@ -71,17 +76,16 @@ class Writer:
             content = self.picture_ids + content
         self._turn(document, "user", content, weight=0.0)
 
-    def label(self, document: Document, picture: scenes.Scene):
-        """Give the patch tokens of the document's last picture that lie on an object its words to predict.
-
-        The words are English: a patch cannot know which language the question after it will have.
-        """
-        first = len(document.ids) - 1 - document.ids[::-1].index(self.picture_ids[0])  # of <|image_start|>
-        for item in picture.items:
-            words = self.tokenizer.encode(f" {item.colour} {item.shape} {item.size} {item.place}")
+    def label(self, document: Document, language: str):
+        """Give the last picture's vectors that lie on an object the words for its colour, shape, size and digit."""
+        first = len(self.patch_offsets) * (len(document.pictures) - 1)
+        for item in document.pictures[-1].items:
+            name = scenes.phrase(language, "bare", item.colour, item.shape)
+            size = scenes.size_word(language, item.size)
+            words = self.tokenizer.encode(f" {name} {size}")
             words.append(self.tokenizer.encode(str(item.digit))[0])
             for patch in self._patches_on(item):
-                document.labels += [(first + self.patch_offsets[patch], word) for word in words]
+                document.labels += [(first + patch, word) for word in words]
 
     def _patches_on(self, item: scenes.Item) -> list[int]:
         """Which patch tokens of the picture show the item's middle: in its tile, and in the global one (last)."""
@@ -134,16 +138,38 @@ class Writer:
             targets[row, : len(d.ids) - 1] = torch.tensor(d.ids[1:])
             weights[row, : len(d.ids) - 1] = torch.tensor(d.weight[1:])
         pictures = [picture for d in documents for picture in d.pictures]
-        labels = [(row, position, word) for row, d in enumerate(documents) for position, word in d.labels]
+        labels, first = [], 0
+        for d in documents:
+            labels += [(first + vector, word) for vector, word in d.labels]
+            first += len(self.patch_offsets) * len(d.pictures)
+        points, pointed = self._points(documents, longest)
         return Batch(
-            ids, targets, weights, torch.tensor(labels).view(-1, 3),
+            ids, targets, weights, torch.tensor(labels).view(-1, 2), points, pointed,
             torch.cat([self.tiles(p) for p in pictures]) if pictures else None,
         )  # fmt: skip
 
-    def training_document(self, rng: Random, sort: str, most_objects: int, questions: int = 4) -> Document:
+    def _points(self, documents: list[Document], longest: int) -> tuple[Tensor, Tensor]:
+        """(points, pointed) of a `Batch`: "red" points at the patches that are labelled "red"."""
+        points, pointed = [], []
+        for row, d in enumerate(documents):
+            patches = [i for i, token in enumerate(d.ids) if token == self.config.patch_token]
+            where = defaultdict(list)
+            for vector, word in d.labels:
+                where[word].append(patches[vector])
+            for position, token in enumerate(d.ids):
+                seen = [patch for patch in where.get(token, ()) if patch < position]
+                if seen:
+                    points.append((row, position))
+                    pointed.append(seen)
+        mask = torch.zeros(len(points), longest, dtype=torch.bool)
+        for row, seen in enumerate(pointed):
+            mask[row, seen] = True
+        return torch.tensor(points).view(-1, 2), mask
+
+    def training_document(self, rng: Random, sort: str, most_objects: int) -> Document:
         """A random document of one of the sorts above, about scenes of the training split.
 
-        most_objects: in a scene. questions: about the picture, if it is of that sort.
+        most_objects: in a scene.
         """
         language = rng.choice(scenes.LANGUAGES)
         document = self.start()
@@ -160,23 +186,25 @@ class Writer:
             picture = scenes.draw_scene(rng, "train", _count(rng, most_objects))
             if sort == "caption":
                 self.user(document, scenes.describe_request(language), picture)
-                self.label(document, picture)
+                self.label(document, language)
                 self.assistant(document, scenes.caption(picture, language))
                 continue
-            if sort in ("exam", "inventory", "tally"):
-                self.user(document, scenes.request(sort, language), picture)
-                self.label(document, picture)
-                if sort == "exam":
-                    asked = [scenes.ask(picture, rng, _kind(rng, picture), language) for _ in range(10)]
-                    self.table(document, [(question.text, [question.answer]) for question in asked])
-                else:
-                    self.table(document, getattr(scenes, sort)(picture, rng, language))
+            if sort in EXAMS:
+                self.user(document, scenes.request("exam", language), picture)
+                self.label(document, language)
+                asked = [scenes.ask(picture, rng, EXAMS[sort] or _kind(rng, picture), language) for _ in range(10)]
+                self.table(document, [(question.text, [question.answer]) for question in asked])
                 continue
-            for turn in range(2 if sort == "two pictures" else questions):
+            if sort in ("inventory", "tally"):
+                self.user(document, scenes.request(sort, language), picture)
+                self.label(document, language)
+                self.table(document, getattr(scenes, sort)(picture, rng, language))
+                continue
+            for turn in range(2 if sort == "two pictures" else 4):
                 question = scenes.ask(picture, rng, _kind(rng, picture), language)
                 self.user(document, question.text, picture if turn == 0 else None)
                 if turn == 0:
-                    self.label(document, picture)
+                    self.label(document, language)
                 self.assistant(document, question.answer)
         return document
 

@@ -6,7 +6,7 @@ generation giving exactly that text, at the cost of one forward pass.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from random import Random
@@ -14,7 +14,7 @@ from random import Random
 import torch
 
 from . import scenes
-from .documents import Writer
+from .documents import PHASES, Batch, Writer
 from .model import Llama4
 from .trace import trace
 
@@ -117,13 +117,24 @@ def random_experts(model: Llama4, seed: int = 0) -> Iterator[None]:
             hook.remove()
 
 
-@torch.no_grad()
-def expert_load(model: Llama4, writer: Writer, items: list[Item], batch_size: int = 32) -> dict[int, list[float]]:
-    """Share of tokens that each expert of each MoE layer gets on these questions; padding does not count."""
-    counts = {layer: torch.zeros(model.config.text.num_experts) for layer in model.config.text.moe_layers}
+def question_batches(writer: Writer, items: list[Item], batch_size: int = 32) -> Iterator[Batch]:
     for first in range(0, len(items), batch_size):
-        chosen = items[first : first + batch_size]
-        batch = writer.batch([writer.question(item.picture, item.question) for item in chosen])
+        yield writer.batch([writer.question(i.picture, i.question) for i in items[first : first + batch_size]])
+
+
+def mixed_batches(writer: Writer, each: int = 12, seed: int = 9) -> Iterator[Batch]:
+    """Fresh documents of every sort of the last phase of training, in its mix: captions and text alone as well."""
+    rng, mix = Random(seed), PHASES[-1][1]
+    for sort, share in mix.items():
+        for _ in range(max(1, round(each * share * len(mix)))):
+            yield writer.batch([writer.training_document(rng, sort, most_objects=6) for _ in range(4)])
+
+
+@torch.no_grad()
+def expert_load(model: Llama4, batches: Iterable[Batch]) -> dict[int, list[float]]:
+    """Share of tokens that each expert of each MoE layer gets; padding does not count."""
+    counts = {layer: torch.zeros(model.config.text.num_experts) for layer in model.config.text.moe_layers}
+    for batch in batches:
         with trace(model, router=True) as seen:
             model(batch.ids, batch.pixels)
         real = batch.ids != model.config.pad_token
@@ -151,7 +162,8 @@ def report_card(model: Llama4, writer: Writer, per_cell: int = 60) -> dict:
         with context:
             right = answers_right(model, writer, items, blind=blind)
         card[name] = {by: accuracy(items, right, by) for by in ("kind", "language")} | {"mean": sum(right) / len(right)}
-    load = expert_load(model, writer, items[:: max(1, len(items) // 128)])
-    card["smallest expert share"] = min(min(shares) for shares in load.values())
-    card["smallest load entropy"] = min(load_entropy(shares) for shares in load.values())
+    asked = expert_load(model, question_batches(writer, items[:: max(1, len(items) // 128)]))
+    card["smallest load entropy"] = min(load_entropy(shares) for shares in asked.values())
+    used = expert_load(model, mixed_batches(writer))  # an expert of captions has little to do with questions
+    card["smallest expert share"] = min(min(shares) for shares in used.values())
     return card

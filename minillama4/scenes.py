@@ -220,6 +220,11 @@ def request(what: str, language: str) -> str:
     return {"exam": w.EXAM, "inventory": w.INVENTORY, "tally": w.TALLY}[what][language]
 
 
+def size_word(language: str, size: str) -> str:
+    """ "large" as the answer to a question for the size."""
+    return w.SIZES[language][size][w.SIZE_GENDER[language]]
+
+
 def inventory(scene: Scene, rng: random.Random, language: str) -> list[tuple[str, list[str]]]:
     """(name, [place, size, digit]) of each object, in any order: what follows a name can only be found by the name."""
     items = list(scene.items)
@@ -230,8 +235,7 @@ def inventory(scene: Scene, rng: random.Random, language: str) -> list[tuple[str
         names = [{"colour": item.colour, "shape": item.shape}]
         names += [{attribute: getattr(item, attribute)} for attribute in alone if item in alone[attribute]]
         name = phrase(language, "the", **rng.choice(names))
-        size = w.SIZES[language][item.size][w.SIZE_GENDER[language]]
-        rows.append((name, [w.PLACES[language][item.place], size, str(item.digit)]))
+        rows.append((name, [w.PLACES[language][item.place], size_word(language, item.size), str(item.digit)]))
     return rows
 
 
@@ -287,7 +291,7 @@ def _attribute(scene: Scene, rng: random.Random, language: str) -> Question:
     elif form == "digit_on":
         answer, choices = item.digit, {d: str(d) for d in DIGITS}
     elif form == "size_of":
-        answer, choices = item.size, {s: w.SIZES[language][s][w.SIZE_GENDER[language]] for s in SIZES}
+        answer, choices = item.size, {s: size_word(language, s) for s in SIZES}
     else:
         answer = (item.colour, item.shape)
         choices = {(c, s): phrase(language, "bare", c, s) for c in COLOURS for s in SHAPES}

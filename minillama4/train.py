@@ -6,10 +6,11 @@ kept even by the auxiliary loss of the Switch Transformer (Llama 4's own method 
 """
 
 import json
-import math
 import os
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -27,6 +28,11 @@ from .model import Llama4
 from .tokenizer import load_tokenizer
 from .trace import trace
 
+# (from this share of the horizon on, weight of the load-balance loss, weight of -log(score), weight decay of the shared
+# experts). Left alone, routers turned their experts down to a score of 0.1, and the shared experts did all the work.
+ROUTING = ((0.0, 0.003, 0.0, 0.05), (0.6, 0.008, 0.02, 0.05), (0.74, 0.02, 0.02, 0.05), (0.7833, 0.06, 0.02, 0.6))
+LABEL_SCALE = 0.25  # of picture vectors (length sqrt(hidden)) against embeddings; it keeps early logits near 1
+COLUMNS = ("words", "labels", "balance", "volume", "points")  # of loss.csv: the parts of `Losses`
 BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dead and stops
 
 
@@ -34,30 +40,33 @@ BARRIER_SECONDS = 120  # a worker that waits longer for another takes it for dea
 class Recipe:
     """Everything that decides a run, besides the config and the data."""
 
-    steps: int = 6900
+    steps: int = 5500
+    horizon: int = 6000  # where the learning rate would reach zero if training went on
     batch_size: int = 24
     adam_rate: float = 2e-3  # peak learning rates, reached after `warmup` steps
     muon_rate: float = 5e-3
     warmup: int = 100
-    horizon: int = 9000  # steps of the cosine along which they then fall to a twentieth
-    cooldown: int = 600  # last steps, over which they fall to zero wherever the cosine is
-    weight_decay: float = 0.05  # on matrices
+    cooldown: float = 0.4  # share of the horizon, its end, over which they fall
+    finish: int = 500  # last steps, over which they fall to zero wherever they are
+    weight_decay: float = 0.05  # on matrices, but for shared experts: see ROUTING
     clip: float = 1.0  # norm of all gradients together
-    balance: float = 0.01  # weight of the load-balance loss
-    label: float = 1.0  # weight of the patch labels
-    curriculum: int = 2250  # first steps, in which scenes grow from one object to six
+    label: float = 1.0  # weight of the picture's labels
+    point: float = 0.3  # weight of words pointing at what they name, until scenes are full
+    eye: int = 500  # first steps, in which only the way from pixels to the picture's vectors learns, from labels alone
+    curriculum: int = 1800  # steps after that, in which scenes grow from one object to six
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
 
     def rate(self, step: int) -> float:
         """Learning rate at `step`, as a share of its peak."""
-        rising = min(1.0, (step + 1) / self.warmup)
-        done = min(1.0, max(0, step - self.warmup) / (self.horizon - self.warmup))
-        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
-        return rising * cosine * min(1.0, (self.steps - step) / self.cooldown)
+        slow = min((step + 1) / self.warmup, 1.0, (self.horizon - step) / (self.cooldown * self.horizon))
+        return slow * min(1.0, (self.steps - step) / self.finish)
+
+    def routing(self, step: int) -> tuple[float, float, float]:
+        return [row[1:] for row in ROUTING if step >= row[0] * self.horizon][-1]
 
     def most_objects(self, step: int) -> int:
-        return min(6, 1 + 6 * step // self.curriculum)
+        return 6 if step < self.eye else min(6, 1 + 6 * (step - self.eye) // self.curriculum)
 
 
 def balance_loss(logits: Tensor) -> Tensor:
@@ -72,43 +81,127 @@ def balance_loss(logits: Tensor) -> Tensor:
 
 def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
     """One worker's share of the batch of one step."""
-    mix = [mix for first, mix in PHASES if step >= first][-1]
+    mix = [mix for first, mix in PHASES if step >= first * recipe.horizon][-1]
     sort = Random(f"{recipe.seed}/{step}").choices(list(mix), list(mix.values()))[0]  # the same for all workers
+    sort = "caption" if step < recipe.eye else sort
     rng = Random(f"{recipe.seed}/{step}/{worker}")
     size = recipe.batch_size // recipe.workers // (2 if sort == "two pictures" else 1)
-    objects, questions = recipe.most_objects(step), 4 if step < recipe.curriculum else 6
-    return writer.batch([writer.training_document(rng, sort, objects, questions) for _ in range(size)])
+    return writer.batch([writer.training_document(rng, sort, recipe.most_objects(step)) for _ in range(size)])
 
 
-def loss_of(model: Llama4, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean cross-entropy of the assistant's words, of the patch labels, balance loss averaged over layers)."""
-    with trace(model, router=True) as seen:
+@dataclass
+class Losses:
+    words: Tensor  # mean cross-entropy of the assistant's words
+    labels: Tensor  # and of the picture's labels
+    balance: Tensor  # mean over the MoE layers
+    volume: Tensor  # mean of -log(score) over all tokens and MoE layers
+    points: Tensor  # see `point_loss`; 0 if not asked for
+
+    def weighted(self, recipe: Recipe, step: int) -> Tensor:
+        balance, volume, _ = recipe.routing(step)
+        routing = balance * self.balance + volume * self.volume
+        return self.words + recipe.label * self.labels + recipe.point * self.points + routing
+
+
+def loss_of(model: Llama4, batch: Batch, point: bool = False) -> Losses:
+    """All parts of a text batch's loss, not yet weighted."""
+    pictures = []  # [tiles, tokens_per_tile, hidden], as the projector hands them to the text side
+    projector = model.multi_modal_projector["linear_1"]
+    hook = projector.register_forward_hook(lambda module, inputs, output: pictures.append(output))
+    look = model.config.text.nope_layers[:1] if point else ()
+    with hook, trace(model, attention=look, router=True) as seen:
         hidden = model.hidden_states(batch.ids, batch.pixels)
     learn = batch.weights > 0  # the head runs only where there is something to learn
     words = F.cross_entropy(model.lm_head(hidden[learn]), batch.targets[learn], reduction="none")
     words = (words * batch.weights[learn]).sum() / batch.weights[learn].sum()
-    labels = hidden.new_zeros(())
-    if len(batch.labels):
-        document, position, word = batch.labels.unbind(1)
-        labels = F.cross_entropy(model.lm_head(hidden[document, position]), word)
-    even = torch.stack([balance_loss(routes.logits) for routes in seen.router.values()]).mean()
-    return words, labels, even
+    labels = label_loss(model, pictures[0], batch.labels) if len(batch.labels) else hidden.new_zeros(())
+    balance = torch.stack([balance_loss(routes.logits) for routes in seen.router.values()]).mean()
+    volume = torch.stack([-F.logsigmoid(r.logits.amax(-1)).mean() for r in seen.router.values()]).mean()
+    points = point_loss(seen.attention[look[0]], batch) if point and len(batch.points) else hidden.new_zeros(())
+    return Losses(words, labels, balance, volume, points)
 
 
-def make_optimizers(model: Llama4, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices between hidden states, AdamW for experts (3-D), embeddings, head and vectors.
+def point_loss(attention: Tensor, batch: Batch) -> Tensor:
+    """-log of what a word's first two heads pay to the patches it names. attention: [batch, heads, queries, keys]."""
+    document, position = batch.points.unbind(1)
+    paid = attention[document, :2, position]  # [points, 2, keys]
+    return -(paid * batch.pointed[:, None, : paid.shape[-1]]).sum(-1).clamp_min(1e-6).log().mean()
 
-    Muon makes a step equally large in every direction of a matrix. What it buys here is attention that finds the
-    picture early: on captions of one object the loss left the level of blind guessing within 200 steps, while AdamW
-    alone had not left it after 300 (one trial each).
+
+def label_loss(model: Llama4, pictures: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each labelled picture vector, compared with all embeddings, against its words.
+
+    pictures: [tiles, tokens_per_tile, hidden], of the projector. labels: [labels, 2], see `Batch`.
     """
-    muon, decay, plain = [], [], []
+    vector, word = labels.unbind(1)
+    chosen = F.rms_norm(pictures.flatten(0, 1), pictures.shape[-1:])[vector]  # [labels, hidden]
+    return F.cross_entropy(LABEL_SCALE * chosen @ model.embed_tokens.weight.T, word)
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` (lr matched to AdamW's, momentum 0.95, Nesterov) for stacks of matrices too, in fp32.
+
+    A step is equally large in every direction of a matrix: the momentum with all its singular values made about 1. What
+    it buys here is attention that finds the picture early: on captions of one object the loss left the level of blind
+    guessing within 200 steps, while AdamW alone had not left it after 300 (one trial each). PyTorch's takes no 3-D
+    tensors, and experts are 3-D; left to AdamW, they hardly came to differ from each other.
+    """
+
+    def __init__(self, parameters, lr: float, weight_decay: float, team: "Team | None" = None):
+        """team: the workers that hold the same weights and gradients; each orthogonalises a share of the matrices."""
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.team = team
+
+    @torch.no_grad()
+    def step(self):
+        alike = defaultdict(list)  # equal shapes are orthogonalised together
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape[-2:]].append((parameter, group))
+        pushes = [torch.cat([self._push(p).view(-1, *shape) for p, _ in pairs]) for shape, pairs in alike.items()]
+        pushes = self.team.share(orthogonal, pushes) if self.team else [orthogonal(push) for push in pushes]
+        for stack, (shape, pairs) in zip(pushes, alike.items(), strict=True):
+            stack = stack * 0.2 * max(shape) ** 0.5  # root mean square of an AdamW step
+            for (p, group), push in zip(pairs, stack.split([p[..., 0, 0].numel() for p, _ in pairs]), strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(push.view_as(p), alpha=group["lr"])
+
+    def _push(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        state["momentum_buffer"].lerp_(parameter.grad, 0.05)
+        return parameter.grad.lerp(state["momentum_buffer"], 0.95)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices [n, rows, columns] with the same singular vectors and singular values of 0.7 to 1.2.
+
+    Five Newton-Schulz steps on an odd polynomial that drives every value in (0, 1] there (Jordan et al., 2024).
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonal(x.mT).mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+def make_optimizers(model: Llama4, recipe: Recipe, team: "Team | None" = None) -> list[torch.optim.Optimizer]:
+    """Muon for all matrices between hidden states, AdamW for embeddings, head and vectors."""
+    muon, shared, decay, plain = [], [], [], []
     for name, parameter in model.named_parameters():
-        hidden = parameter.ndim == 2 and not name.startswith(("embed_tokens", "lm_head"))
-        (muon if hidden else decay if parameter.ndim > 1 else plain).append(parameter)
+        if parameter.ndim < 2:
+            plain.append(parameter)
+        elif name.startswith(("embed_tokens", "lm_head")):
+            decay.append(parameter)
+        else:
+            (shared if ".shared_expert." in name else muon).append(parameter)
     groups = [{"params": decay, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(muon, lr=1.0, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        Muon([{"params": muon}, {"params": shared}], lr=1.0, weight_decay=recipe.weight_decay, team=team),
         torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-9),
     ]
 
@@ -117,6 +210,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], recipe: Recipe, step: int
     for optimizer, peak in zip(optimizers, (recipe.muon_rate, recipe.adam_rate), strict=True):
         for group in optimizer.param_groups:
             group["lr"] = peak * recipe.rate(step)
+    optimizers[0].param_groups[1]["weight_decay"] = recipe.routing(step)[2]
 
 
 def train(config: Llama4Config, tokenizer_folder: Path, recipe: Recipe, folder: Path, save_every: int = 100) -> Llama4:
@@ -128,42 +222,48 @@ def train(config: Llama4Config, tokenizer_folder: Path, recipe: Recipe, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     context = torch.multiprocessing.get_context("spawn")
     size = sum(p.numel() for p in Llama4(config).parameters())
-    gradients = torch.zeros(recipe.workers, size).share_memory_()
+    buffer = torch.zeros(recipe.workers, size).share_memory_()
     barrier = context.Barrier(recipe.workers)
-    job = (config, tokenizer_folder, recipe, folder, save_every, gradients, barrier)
-    helpers = [context.Process(target=_work, args=(rank, *job), daemon=True) for rank in range(1, recipe.workers)]
+    job = (config, tokenizer_folder, recipe, folder, save_every)
+    teams = [Team(rank, buffer, barrier) for rank in range(recipe.workers)]
+    helpers = [context.Process(target=_work, args=(team, *job), daemon=True) for team in teams[1:]]
     for helper in helpers:
         helper.start()
     threads = torch.get_num_threads()
     try:
-        return _work(0, *job)
+        return _work(teams[0], *job)
     finally:
         torch.set_num_threads(threads)
         for helper in helpers:
             helper.terminate()
 
 
-def _work(
-    rank: int, config, tokenizer_folder, recipe: Recipe, folder: Path, save_every: int, gradients, barrier
-) -> Llama4:
+def _work(team: "Team", config, tokenizer_folder, recipe: Recipe, folder: Path, save_every: int) -> Llama4:
     """What each worker does; all hold the same weights, and worker 0 saves and shows progress."""
     torch.set_num_threads(1)
+    rank = team.rank
     if rank > 0:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     writer = Writer(config, load_tokenizer(tokenizer_folder))
     model = Llama4(config)
     model.reset_parameters(generator=torch.Generator().manual_seed(recipe.seed))
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, team)
     state = folder / "state.safetensors"
-    step, seconds, losses = load_state(state, model, optimizers, recipe) if state.exists() else (0, 0.0, [])
-    barrier.wait(BARRIER_SECONDS)  # nobody saves before all have read
+    step, seconds, history = load_state(state, model, optimizers, recipe) if state.exists() else (0, 0.0, [])
+    no_loss = torch.zeros(())
+    team.wait()  # nobody saves before all have read
     started = time.time() - seconds
     with tqdm(total=recipe.steps, initial=step, unit="step", disable=None if rank == 0 else True) as bar:
         while step < recipe.steps:
             set_rates(optimizers, recipe, step)
-            words, labels, even = loss_of(model, batch_at(step, rank, recipe, writer))
-            (words + recipe.label * labels + recipe.balance * even).backward()
-            average_gradients(model, rank, gradients, barrier)
+            batch = batch_at(step, rank, recipe, writer)
+            if step < recipe.eye:
+                labels = label_loss(model, model.encode_images(batch.pixels), batch.labels)
+                losses = Losses(no_loss, labels, no_loss, no_loss, no_loss)
+            else:
+                losses = loss_of(model, batch, step < recipe.eye + recipe.curriculum)
+            losses.weighted(recipe, step).backward()
+            team.average_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -171,13 +271,13 @@ def _work(
             step += 1
             if rank > 0:
                 continue
-            losses.append(tuple(float(part.detach()) for part in (words, labels, even)))
+            history.append([float(getattr(losses, name).detach()) for name in COLUMNS])
             bar.update()
-            bar.set_postfix_str(f"words {losses[-1][0]:.3f}, labels {losses[-1][1]:.3f}, balance {losses[-1][2]:.2f}")
+            bar.set_postfix_str(", ".join(f"{name} {x:.3f}" for name, x in zip(COLUMNS, history[-1], strict=True)))
             if step % save_every == 0 or step == recipe.steps:
-                save_state(state, model, optimizers, recipe, step, time.time() - started, losses)
-                rows = (f"{i},{a:.5f},{b:.5f},{c:.4f}\n" for i, (a, b, c) in enumerate(losses))
-                write_atomically(folder / "loss.csv", "step,words,labels,balance\n" + "".join(rows))
+                save_state(state, model, optimizers, recipe, step, time.time() - started, history)
+                rows = (",".join([str(i), *(f"{x:.5f}" for x in row)]) for i, row in enumerate(history))
+                write_atomically(folder / "loss.csv", "\n".join([",".join(["step", *COLUMNS]), *rows, ""]))
     return model.eval()
 
 
@@ -189,18 +289,44 @@ def _end_with_parent():
         os._exit(1)
 
 
-def average_gradients(model: Llama4, rank: int, gradients: Tensor, barrier):
-    """Give all workers the mean of their gradients, through shared memory [workers, parameters]."""
-    if len(gradients) == 1:
-        return
-    parameters = list(model.parameters())
-    own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    torch.cat([grad.flatten() for grad in own], out=gradients[rank])
-    barrier.wait(BARRIER_SECONDS)
-    mean = gradients.mean(0)
-    barrier.wait(BARRIER_SECONDS)  # nobody writes the next step's before all have read this one's
-    for parameter, grad in zip(parameters, mean.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = grad.view_as(parameter)
+@dataclass
+class Team:
+    """This worker's place among those that share a batch, and the memory that all of them see."""
+
+    rank: int
+    buffer: Tensor  # [workers, parameters] in shared memory
+    barrier: object
+
+    def wait(self):
+        self.barrier.wait(BARRIER_SECONDS)
+
+    def average_gradients(self, model: Llama4):
+        """Give all workers the mean of their gradients."""
+        if len(self.buffer) == 1:
+            return
+        parameters = [p for p in model.parameters() if p.grad is not None]  # the same ones for all workers
+        sizes = [p.numel() for p in parameters]
+        torch.cat([p.grad.flatten() for p in parameters], out=self.buffer[self.rank, : sum(sizes)])
+        self.wait()
+        mean = self.buffer[:, : sum(sizes)].mean(0)
+        self.wait()  # nobody writes again before all have read
+        for parameter, grad in zip(parameters, mean.split(sizes), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    def share(self, function: Callable[[Tensor], Tensor], stacks: list[Tensor]) -> list[Tensor]:
+        """`function` of each stack [n, ...], of which each worker does every so-manieth item."""
+        workers, first, results = len(self.buffer), 0, []
+        for stack in stacks:
+            result = self.buffer[0, first : first + stack.numel()].view_as(stack)
+            mine = stack[self.rank :: workers]
+            if len(mine):
+                result[self.rank :: workers] = function(mine)
+            results.append(result)
+            first += stack.numel()
+        self.wait()
+        results = [result.clone() for result in results]
+        self.wait()
+        return results
 
 
 def write_atomically(path: Path, text: str):
@@ -209,7 +335,7 @@ def write_atomically(path: Path, text: str):
     os.replace(temporary, path)
 
 
-def save_state(path: Path, model, optimizers, recipe: Recipe, step: int, seconds: float, losses: list):
+def save_state(path: Path, model, optimizers, recipe: Recipe, step: int, seconds: float, history: list):
     """Weights, the optimizers' moments and the loss so far in one file that is there whole or not at all."""
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -217,7 +343,7 @@ def save_state(path: Path, model, optimizers, recipe: Recipe, step: int, seconds
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}/{name}"] = value
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+    tensors["losses"] = torch.tensor(history, dtype=torch.float64)
     header = {"step": str(step), "seconds": f"{seconds:.1f}", "recipe": json.dumps(asdict(recipe))}
     temporary = path.with_name(path.name + ".new")
     save_file(tensors, temporary, metadata=header)
@@ -225,7 +351,7 @@ def save_state(path: Path, model, optimizers, recipe: Recipe, step: int, seconds
 
 
 def load_state(path: Path, model, optimizers, recipe: Recipe) -> tuple[int, float, list]:
-    """(step, seconds, losses) of a saved run, its tensors put into `model` and `optimizers`."""
+    """(step, seconds, losses so far) of a saved run, its tensors put into `model` and `optimizers`."""
     with safe_open(path, "pt") as file:
         header = file.metadata()
         if json.loads(header["recipe"]) != asdict(recipe):
@@ -239,5 +365,4 @@ def load_state(path: Path, model, optimizers, recipe: Recipe) -> tuple[int, floa
                 parameters[name].data.copy_(file.get_tensor(stored))
             elif name:
                 owner[parameters[name]].state[parameters[name]][key] = file.get_tensor(stored)
-        losses = [tuple(pair) for pair in file.get_tensor("losses").tolist()]
-        return step, float(header["seconds"]), losses
+        return step, float(header["seconds"]), file.get_tensor("losses").tolist()

@@ -1,10 +1,10 @@
 """Training documents teach what they should, and a run that was killed goes on as if nothing had happened."""
 
-import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from random import Random
@@ -14,13 +14,15 @@ import torch
 from safetensors import safe_open
 
 from minillama4 import scenes
+from minillama4 import train as train_module
 from minillama4.config import Llama4Config, TextConfig, VisionConfig, every
 from minillama4.documents import SORTS, Writer
 from minillama4.evaluate import load_entropy
 from minillama4.fusion import cut_tiles
 from minillama4.model import Llama4
 from minillama4.tokenizer import load_tokenizer, train_tokenizer
-from minillama4.train import Recipe, average_gradients, balance_loss, batch_at, loss_of, train
+from minillama4.trace import trace
+from minillama4.train import LABEL_SCALE, Losses, Muon, Recipe, Team, balance_loss, batch_at, loss_of, orthogonal, train
 
 MINI = Llama4Config.preset("mini-scout")
 TINY = replace(
@@ -33,7 +35,7 @@ TINY = replace(
     vision=VisionConfig(tile_size=48, patch_size=12, max_tiles=3, hidden_size=8, num_layers=1, num_heads=2,
                         mlp_width=32, adapter_width=8),
 )  # fmt: skip
-RECIPE = Recipe(steps=6, batch_size=2, warmup=2, workers=1)
+RECIPE = Recipe(steps=6, horizon=7, finish=2, batch_size=2, warmup=2, eye=2, curriculum=2, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -113,25 +115,40 @@ def test_a_batch_predicts_the_next_token_and_pads_without_weight(writer):
         assert not batch.weights[row, n - 1 :].any()
 
 
-def test_a_label_stands_on_a_patch_that_shows_its_object(writer):
-    """Paint over one object: of all tiles' cells, those with its labels must change."""
+@pytest.mark.parametrize("language", scenes.LANGUAGES)
+def test_a_label_stands_on_a_picture_vector_that_shows_its_object(writer, language):
+    """Paint the object over: of all tiles' cells, those with its labels must change."""
     rng = Random(11)
-    for _ in range(40):
-        scene = scenes.draw_scene(rng, "train", 3)
+    for _ in range(10):
+        scene = scenes.draw_scene(rng, "train", 1)
         document = writer.start()
+        writer.user(document, "?", scenes.draw_scene(rng, "train"))  # labels count on from an earlier picture's vectors
         writer.user(document, "?", scene)
-        writer.label(document, replace(scene, items=scene.items[:1]))  # label the first object only
-        without = replace(scene, items=scene.items[1:])
-        full, less = (cut_tiles(scenes.render(s), MINI.vision)[0] for s in (scene, without))
+        writer.label(document, language)
+        full, less = (cut_tiles(scenes.render(s), MINI.vision)[0] for s in (scene, replace(scene, items=())))
         cells = (full != less).any(1).unflatten(1, (4, 12)).unflatten(3, (4, 12)).any(4).any(2)  # [tiles, 4, 4]
-        patches = [i for i, token in enumerate(document.ids) if token == MINI.patch_token]
-        labelled = sorted({patches.index(position) for position, _ in document.labels})
-        assert len(labelled) == 2 and labelled[1] >= 48 > labelled[0]  # one in its own tile, one in the global tile
+        labelled = sorted({vector - cells.numel() for vector, _ in document.labels})
+        assert len(labelled) == 2 and labelled[1] >= 48 > labelled[0] >= 0  # in its own tile, and in the global one
         assert all(cells.flatten()[i] for i in labelled)
-        item = scene.items[0]
-        words = (item.colour, item.shape, item.size, *item.place.split(), str(item.digit))
-        told = [writer.tokenizer.decode([word]).strip() for _, word in document.labels]
-        assert sorted(told) == sorted(2 * words)
+        (item,) = scene.items
+        first = [word for vector, word in document.labels if vector == document.labels[0][0]]
+        told = writer.tokenizer.decode(first).split()
+        name = scenes.phrase(language, "bare", item.colour, item.shape)
+        assert told == f"{name} {scenes.size_word(language, item.size)}{item.digit}".split()
+
+
+def test_a_word_points_at_the_patches_of_every_object_that_it_names(writer):
+    red = scenes.Item("circle", "red", "large", "top left", 3, 0, 0)
+    blue = scenes.Item("circle", "blue", "small", "bottom right", 4, 0, 0)
+    document = writer.start()
+    writer.user(document, "Where is the red circle?", scenes.Scene((red, blue), 240))
+    writer.label(document, "en")
+    batch = writer.batch([document])
+    (red_word,), (circle_word,) = writer.tokenizer.encode(" red"), writer.tokenizer.encode(" circle")
+    seen = {int(batch.ids[0, at]): row for (_, at), row in zip(batch.points.tolist(), batch.pointed, strict=True)}
+    assert set(seen) == {red_word, circle_word}
+    assert seen[red_word].sum() == 2 and seen[circle_word].sum() == 4  # a tile and the global one, for each object
+    assert (batch.ids[0][seen[circle_word]] == MINI.patch_token).all() and seen[circle_word][seen[red_word]].all()
 
 
 def test_the_batch_of_a_step_depends_on_seed_step_and_worker_alone(writer):
@@ -178,32 +195,79 @@ def test_load_entropy_of_hand_worked_loads():
     assert load_entropy([0.5, 0.5, 0, 0]) == pytest.approx(0.5)
 
 
-def test_the_losses_are_means_over_learned_tokens_and_labels_only(writer):
+def test_the_losses_are_means_over_learned_tokens_labels_and_points_only(writer):
     model = Llama4(MINI)
     rng = Random(2)
     batch = writer.batch([writer.training_document(rng, "questions", 3) for _ in range(2)])
-    words, labels, _ = loss_of(model, batch)
-    with torch.no_grad():
+    losses = loss_of(model, batch, point=True)
+    with torch.no_grad(), trace(model, attention=[3], router=True) as seen:
         surprise = -model(batch.ids, batch.pixels).double().log_softmax(-1)
+        vectors = model.encode_images(batch.pixels).double().flatten(0, 1)
     told = [
         float(surprise[row, t, batch.targets[row, t]])
         for row in range(2)
         for t in range(batch.ids.shape[1])
         if batch.weights[row, t] > 0
     ]
-    assert words.item() == pytest.approx(sum(told) / len(told), rel=1e-5)
-    shown = [float(surprise[row, position, word]) for row, position, word in batch.labels.tolist()]
-    assert labels.item() == pytest.approx(sum(shown) / len(shown), rel=1e-5)
+    assert losses.words.item() == pytest.approx(sum(told) / len(told), rel=1e-5)
+    shown, embeddings = [], model.embed_tokens.weight.detach().double()
+    for vector, word in batch.labels.tolist():
+        direction = vectors[vector] / vectors[vector].square().mean().sqrt()
+        shown.append(-float((LABEL_SCALE * embeddings @ direction).log_softmax(0)[word]))
+    assert losses.labels.item() == pytest.approx(sum(shown) / len(shown), rel=1e-4)
+    paid = []
+    for (row, at), patches in zip(batch.points.tolist(), batch.pointed, strict=True):
+        for head in (0, 1):
+            paid.append(-float(seen.attention[3][row, head, at][patches].sum().log()))
+    assert losses.points.item() == pytest.approx(sum(paid) / len(paid), rel=1e-4)
+    assert loss_of(model, batch).points == 0  # nothing points once the curriculum is over
+    quiet = [-float(routes.score.log().mean()) for routes in seen.router.values()]
+    assert losses.volume.item() == pytest.approx(sum(quiet) / len(quiet), rel=1e-5)
 
 
-def test_learning_rate_warms_up_follows_the_cosine_and_cools_down_to_zero():
-    recipe = Recipe(steps=800, warmup=100, horizon=1100, cooldown=200)
-    assert recipe.rate(0) == pytest.approx(0.01) and recipe.rate(100) == 1
-    assert recipe.rate(600) == pytest.approx(0.05 + 0.95 / 2)  # half of the cosine, and the cool-down begins
-    assert recipe.rate(700) == pytest.approx(0.5 * (0.05 + 0.95 * 0.5 * (1 + math.cos(0.6 * math.pi))))
-    assert recipe.rate(799) < 0.005
-    assert all(recipe.rate(i) >= recipe.rate(i + 1) for i in range(100, 799))
-    assert [recipe.most_objects(i) for i in (0, 374, 375, 2249, 9999)] == [1, 1, 2, 6, 6]
+def test_the_parts_of_the_loss_are_weighted_as_the_tables_say(monkeypatch):
+    monkeypatch.setattr(train_module, "ROUTING", ((0.0, 1.0, 0.0, 0.0), (0.6, 2.0, 10.0, 0.0)))
+    recipe = Recipe(horizon=10, label=100, point=1000)
+    losses = Losses(*torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))  # words, labels, balance, volume, points
+    assert losses.weighted(recipe, 5).item() == pytest.approx(0.1 + 20 + 0.3 + 500)
+    assert losses.weighted(recipe, 6).item() == pytest.approx(0.1 + 20 + 0.6 + 4 + 500)
+
+
+def test_learning_rate_warms_up_stays_and_cools_down_to_zero():
+    recipe = Recipe(steps=900, horizon=1000, warmup=100, cooldown=0.4, finish=100, eye=200, curriculum=300)
+    assert recipe.rate(0) == pytest.approx(0.01) and recipe.rate(100) == recipe.rate(600) == 1
+    assert recipe.rate(800) == pytest.approx(0.5) and recipe.rate(850) == pytest.approx(0.375 / 2)
+    assert recipe.rate(899) < 0.005
+    assert [recipe.most_objects(i) for i in (0, 200, 249, 250, 499, 999)] == [6, 1, 1, 2, 6, 6]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 6, 9)])
+def test_orthogonal_keeps_singular_vectors_and_brings_all_values_near_one(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).view(-1, *shape[-2:])
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    values = torch.diagonal(u.mT @ orthogonal(x) @ vh.mT, dim1=-2, dim2=-1)
+    assert ((values > 0.6) & (values < 1.3)).all()
+    aligned = u @ torch.diag_embed(values) @ vh
+    assert torch.allclose(orthogonal(x), aligned, atol=1e-6)
+
+
+def test_muon_on_matrices_is_torchs_and_a_stack_is_its_matrices_one_by_one():
+    draw = torch.Generator().manual_seed(0)
+    start, pushes = torch.randn(3, 8, 12, generator=draw), [torch.randn(3, 8, 12, generator=draw) for _ in range(4)]
+    stack, singles = start.clone().requires_grad_(), [m.clone().requires_grad_() for m in start]
+    ours = Muon([stack], lr=0.02, weight_decay=0.1)
+    theirs = torch.optim.Muon(singles, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for push in pushes:
+        stack.grad = push.clone()
+        for single, grad in zip(singles, push, strict=True):
+            single.grad = grad.clone()
+        ours.step(), theirs.step()
+    moved = (torch.stack([s.detach() for s in singles]) - start).norm()
+    assert (stack.detach() - torch.stack([s.detach() for s in singles])).norm() < 0.05 * moved  # theirs is in bf16
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -268,16 +332,45 @@ def test_another_recipe_is_refused_and_nothing_is_overwritten(tokens, tmp_path):
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
-def test_workers_share_the_mean_gradient():
-    """Two ranks in two threads, through the same shared memory that processes use."""
-    import threading
+def in_two_ranks(run) -> list:
+    """run(team) in two threads, through the same shared memory that processes use."""
+    buffer, barrier = torch.zeros(2, 20_000), threading.Barrier(2)
+    results = [None, None]
 
-    models = [Llama4(TINY) for _ in range(2)]
-    for rank, model in enumerate(models):
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1.0 + 2 * rank)
-    size = sum(p.numel() for p in models[0].parameters())
-    shared, barrier = torch.zeros(2, size), threading.Barrier(2)
-    threads = [threading.Thread(target=average_gradients, args=(m, r, shared, barrier)) for r, m in enumerate(models)]
+    def work(rank):
+        results[rank] = run(Team(rank, buffer, barrier))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert all(torch.equal(p.grad, torch.full_like(p, 2.0)) for m in models for p in m.parameters())
+    return results
+
+
+def test_workers_share_the_mean_gradient():
+    def run(team):
+        model = Llama4(TINY)
+        for name, parameter in model.named_parameters():
+            if "vision" in name:  # the others have none yet
+                parameter.grad = torch.full_like(parameter, 1.0 + 2 * team.rank)
+        team.average_gradients(model)
+        return [p.grad for name, p in model.named_parameters() if "vision" in name]
+
+    assert all(torch.equal(g, torch.full_like(g, 2.0)) for grads in in_two_ranks(run) for g in grads)
+
+
+def test_workers_that_share_the_orthogonalising_make_the_same_step_as_one_alone():
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(5, 6, 9), (7, 4), (9, 6), (3, 6, 9)]
+    start, pushes = ([torch.randn(shape, generator=draw) for shape in shapes] for _ in range(2))
+
+    def run(team):
+        parameters = [weight.clone().requires_grad_() for weight in start]
+        optimizer = Muon(parameters, lr=0.1, weight_decay=0.1, team=team)
+        for _ in range(2):
+            for parameter, push in zip(parameters, pushes, strict=True):
+                parameter.grad = push.clone()
+            optimizer.step()
+        return [p.detach() for p in parameters]
+
+    alone = run(None)
+    for together in in_two_ranks(run):
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(alone, together, strict=True))
