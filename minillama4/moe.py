@@ -19,21 +19,22 @@ def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
 
     counts_E: how many rows each expert has; 0 is fine. The single door to faster backends.
     """
-    experts, largest = len(counts_E), max(counts_E)
-    if torch.get_num_threads() > 1 and experts * largest <= MOST_PADDING * len(x_TD):
-        return _padded_product(x_TD, w_EDF, counts_E, largest)
+    if worth_padding(counts_E):
+        return _padded_product(x_TD, w_EDF, counts_E)
     return _GroupedProduct.apply(x_TD, w_EDF, counts_E)
 
 
-MOST_PADDING = 2.5  # rows with padding / rows: up to here, one batched product beats a loop over experts
+def worth_padding(counts_E: list[int]) -> bool:
+    """Small groups (1 to 16 rows on average) are bound by reading and writing weights: padding rows up to four times
+    costs little there, and two threads share experts better than they share one small product."""
+    experts, rows = len(counts_E), sum(counts_E)
+    small = experts <= rows <= 16 * experts
+    return small and experts * max(counts_E) <= 4 * rows and torch.get_num_threads() > 1
 
 
-def _padded_product(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int], largest: int) -> Tensor:
-    """All groups in one batched product, filled up with zeros to the largest one (R rows).
-
-    Its threads share the experts; in a loop they would share each small product, of which little is left to share.
-    """
-    experts = len(counts_E)
+def _padded_product(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
+    """All groups in one batched product, filled up with zeros to the largest one (R rows)."""
+    experts, largest = len(counts_E), max(counts_E)
     counts = torch.tensor(counts_E, device=x_TD.device)
     gap_E = torch.arange(experts, device=x_TD.device) * largest - (counts.cumsum(0) - counts)
     slot_T = torch.arange(len(x_TD), device=x_TD.device) + gap_E.repeat_interleave(counts)  # row e * R + i of group e

@@ -15,17 +15,16 @@ from tiny_models import randomise, relative_error
 from minillama4 import linear as linear_module
 from minillama4 import moe as moe_module
 from minillama4.linear import Linear, row_product
-from minillama4.moe import MOST_PADDING, Experts, FeedForward, MoE, grouped_mm
+from minillama4.moe import Experts, FeedForward, MoE, grouped_mm, worth_padding
 
 D, WIDTH, E = 6, 10, 5
 
 
-@pytest.fixture(scope="module", autouse=True, params=[0, math.inf], ids=["loop", "padded"])
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["loop", "padded"])
 def backend(request):
     """Everything below holds for both ways of multiplying groups: never pad, or always."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_module, "MOST_PADDING", request.param)
-        patch.setattr(torch, "get_num_threads", lambda: 2)
+        patch.setattr(moe_module, "worth_padding", lambda counts_E: request.param)
         yield request.param
 
 
@@ -220,17 +219,19 @@ def test_a_token_costs_the_same_with_8_experts_as_with_128(backend):
     assert flops_of_experts(8, 40) == flops_of_experts(128, 40) == need
 
 
-@pytest.mark.parametrize(("experts", "tokens", "pads"), [(128, 40, False), (4, 200, True), (4, 2, False)])
-def test_padding_is_used_only_where_it_costs_little(monkeypatch, experts, tokens, pads):
-    monkeypatch.setattr(moe_module, "MOST_PADDING", MOST_PADDING)
-    need = 2 * 3 * tokens * D * WIDTH  # of the shared expert, and of the routed ones if nothing is padded
-    routed = flops_of_experts(experts, tokens) - need
-    assert (need < routed <= MOST_PADDING * need) if pads else routed == need
-
-
-def test_one_thread_has_no_use_for_padding(monkeypatch):
+@pytest.mark.parametrize("counts_E,pads", [
+    ([8, 9, 7, 8], True),  # small groups, nearly even
+    ([1, 1, 1, 1], True),
+    ([4, 0, 0, 0], True),  # four times as many rows
+    ([5, 0, 0, 0, 0], False),  # more than that would waste work
+    ([100, 101, 99, 100], False),  # large groups fill both threads alone
+    ([1, 0, 0, 1, 0], False),  # fewer tokens than experts: most weights need not be read at all
+])  # fmt: skip
+def test_padding_is_used_only_where_it_costs_little(monkeypatch, counts_E, pads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert worth_padding(counts_E) == pads
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert flops_of_experts(4, 200) == 2 * 2 * 3 * 200 * D * WIDTH
+    assert not worth_padding(counts_E)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
