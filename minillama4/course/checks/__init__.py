@@ -1,0 +1,1 @@
+"""One file an exercise; `course/exercise.py` says what is in it."""
