@@ -4,13 +4,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help env lab demo test test-all lint
+.PHONY: help env lab demo test test-all test-class notebooks exercises lint
 
 ## make lab        set up, and open the course in JupyterLab
 ## make test       set up, and run the tests
 ## make env        set up only
 ## make demo       ask the small trained model about three pictures
 ## make test-all   the tests that take minutes as well
+## make test-class  grade a class of 200, and one that is killed ten times; about 15 minutes
+## make notebooks  run the lessons and the solutions, and store what they print; the only way outputs are made
+## make exercises  make exercises/ from solutions/
 ## make lint       style and format
 help:
 	@sed -n 's/^## //p' Makefile
@@ -21,12 +24,8 @@ env: .venv/.ready
 	$(PYTHON) minillama4/course/setup_env.py
 	@touch $@
 
-# Without a screen JupyterLab only prints its address; as root (in a container) it has to be told that this is meant.
-NO_SCREEN = $(if $(filter Linux,$(shell uname)),$(if $(DISPLAY)$(WAYLAND_DISPLAY),,--no-browser))
-AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
-
 lab: env
-	$(BIN)/jupyter lab $(NO_SCREEN) $(AS_ROOT) --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+	$(BIN)/minillama4 lab
 
 demo: env
 	$(BIN)/minillama4 demo
@@ -36,6 +35,15 @@ test: env
 
 test-all: env
 	$(BIN)/python -m pytest -q
+
+test-class: env
+	$(BIN)/python -m pytest -q -s tests/grading/test_class.py
+
+notebooks: env
+	$(BIN)/python -m minillama4.course.notebooks
+
+exercises: env
+	$(BIN)/python -m minillama4.course.split
 
 lint: env
 	$(BIN)/ruff check

@@ -1,8 +1,9 @@
-"""The command line: `minillama4 ask | demo | train | bench`. Bad input is one line on stderr and exit code 2."""
+"""The command line; `minillama4 --help` lists the commands. Bad input is one line on stderr and exit code 2."""
 
 import argparse
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 # Commands import what they need when they run, so that `minillama4 --help` answers at once.
 
@@ -53,6 +54,44 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=_positive, help="timed rounds of each case")
     bench.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
     bench.set_defaults(run=_bench)
+
+    lab = commands.add_parser("lab", help="open the course in JupyterLab, on copies of your own in work/")
+    lab.add_argument("jupyter", nargs="*", metavar="OPTION", help="for JupyterLab: minillama4 lab -- --port=9999")
+    lab.set_defaults(run=_lab)
+
+    reset = commands.add_parser("reset", help="fetch one notebook from the course again, keeping a backup of yours")
+    reset.add_argument("name", help="02, or notebooks/02 for the lesson and exercises/02 for the exercise")
+    reset.set_defaults(run=_reset)
+
+    doctor = commands.add_parser("doctor", help="is everything there that the course needs?")
+    doctor.set_defaults(run=_doctor)
+
+    check = commands.add_parser("check", help="run a notebook of exercises and show what its checks say")
+    check.add_argument("notebook", help="such as work/exercises/02_irope.ipynb")
+    check.set_defaults(run=_check)
+
+    progress = commands.add_parser("progress", help="show which exercises are solved")
+    progress.set_defaults(run=_progress)
+
+    grade = commands.add_parser("grade", help="grade a class's notebooks in a sandbox, and write a report")
+    grade.add_argument(
+        "submissions", type=Path, help="a folder or zip file; docs/instructors.md says what may be in it"
+    )
+    grade.add_argument("--out", type=Path, required=True, help="folder of the report; a stopped run goes on in it")
+    grade.add_argument("--seed", help="what the checks draw from (default: a new one, which the report names)")
+    grade.add_argument(
+        "-j", "--jobs", type=_positive, default=0, help="notebooks at a time (default: a processor each)"
+    )
+    grade.add_argument(
+        "--feedback", type=Path, metavar="DIR", help="write each learner's notebook with the verdicts there"
+    )
+    grade.add_argument("--copies", type=Path, metavar="DIR", help="the solved notebooks (default: solutions/)")
+    grade.add_argument(
+        "--seconds", type=_positive, default=60, help="for a cell, and for a look at a function (default: 60)"
+    )
+    grade.add_argument("--memory", type=_positive, default=4, metavar="GB", help="for a submission (default: 4)")
+    grade.add_argument("--trusted", action="store_true", help="no sandbox: submissions may do whatever you may")
+    grade.set_defaults(run=_grade)
     return parser
 
 
@@ -94,6 +133,46 @@ def _bench(options) -> int:
     from .bench import bench_command
 
     return bench_command(options.what, options.json, options.rounds, options.quick)
+
+
+def _lab(options) -> int:
+    from .course.lab import start
+
+    return start(options.jupyter)
+
+
+def _reset(options) -> int:
+    from .course.lab import reset
+
+    print(reset(options.name))
+    return 0
+
+
+def _doctor(options) -> int:
+    from .course.doctor import doctor
+
+    return doctor()
+
+
+def _check(options) -> int:
+    from .course.checking import check_notebook
+
+    return check_notebook(options.notebook)
+
+
+def _progress(options) -> int:
+    from .course.checking import progress_text
+    from .course.lab import find_work
+
+    print(progress_text(find_work()))
+    return 0
+
+
+def _grade(options) -> int:
+    from .course.grading.grade import Options, grade
+
+    given = {name: value for name, value in vars(options).items() if name != "run"}
+    return grade(Options(**given))
 
 
 if __name__ == "__main__":

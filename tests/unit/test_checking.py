@@ -36,7 +36,7 @@ def draw(rng):
 
 
 def observe(function, inputs):
-    return call("one", function, inputs["x"])
+    return call("one", function, inputs["x"] * torch.ones(len(inputs["x"])))
 
 
 def judge(inputs, observed):
@@ -111,6 +111,11 @@ def test_a_failing_step_says_what_was_given_came_out_and_was_expected_and_asks(d
         "    What is twice 3?"
     )
     assert capsys.readouterr().out == ""
+
+
+def test_nothing_is_judged_after_the_first_step_that_fails(double):
+    steps = checking.verdict(exercise.find(ID), lambda x: 3 * x, random.Random(1))
+    assert [step.passed for step in steps] == [True] * 4 + [False]
 
 
 def test_a_known_mistake_gets_its_own_question(double):
@@ -198,13 +203,14 @@ def switched(request):
             mode.__exit__(None, None, None)
 
 
-def test_a_check_does_not_depend_on_what_the_notebook_has_switched(switched, capsys):
+def test_a_check_does_not_depend_on_what_the_notebook_has_switched(double, switched, capsys):
     def rms_norm(x, weight, eps):
         wide = x.float()
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).type_as(x) * weight
 
     check("start-rms-norm", rms_norm)
     assert "✓ the gradient reaches the weight" in capsys.readouterr().out
+    check(ID, twice)
 
 
 @pytest.mark.parametrize("id, near", [

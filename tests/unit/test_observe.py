@@ -430,11 +430,11 @@ def test_what_the_check_itself_calls_is_not_the_learners_call():
         "from minillama4.course.observe import call\n"
         "def observe(function, inputs):\n"
         "    x = F.rms_norm(inputs['x'], (3,))\n"
-        "    return call('it', lambda x: function(x)[0], x)\n"
+        "    return call('it', lambda x: function(x, (3,))[0], x)\n"
     )
     names = cell(source, os.path.join(observe.CHECKS, "of_a_test.py"))
     module = SimpleNamespace(observe=names["observe"], ANSWERED_BY=NORMS)
-    for function, name in ((lambda x: (x, x), ""), (lambda x: (F.rms_norm(x, (3,)), x), NORMS[0])):
+    for function, name in ((lambda *_: _, ""), (lambda x, size: F.rms_norm(x, size), NORMS[0]), (F.rms_norm, NORMS[0])):
         assert exercise.Exercise("of-a-test", module).observe(function, {"x": X})["borrowed"] == name
 
 
@@ -483,6 +483,7 @@ def test_a_profiler_that_was_there_before_is_there_again():
     ([0.0, 0.0], [1e-20, 0.0], False),  # nothing to be near to
     ([1.0, 2.0], [[1.0, 2.0]], False),
     ([1.0], "NoneType", False),
+    (1.0, "NoneType", False),
 ])  # fmt: skip
 def test_values_are_the_same(want, got, passed):
     for wanted in (np.array(want), torch.tensor(want)):
