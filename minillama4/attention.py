@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from .cache import LayerCache
 from .config import TextConfig
@@ -115,7 +114,10 @@ def continued_attention(q: Tensor, k_past: Tensor, v_past: Tensor, k: Tensor, v:
     q, k_past, v_past, k, v = (x.transpose(1, 2) for x in (q, k_past, v_past, k, v))  # [batch, heads, tokens, dim]
     if q.device.type == "cpu":
         return _PastAndSelf.apply(q, k_past, v_past, k, v).transpose(1, 2)
-    # Other devices know this triangle by name ("aligned to the lower right") and build no mask for it either.
+    # Other devices know this triangle by name ("aligned to the lower right") and build no mask for it either. Imported
+    # here, because it takes torch's compiler along, which would double the time of `import minillama4`.
+    from torch.nn.attention.bias import causal_lower_right
+
     group = q.shape[1] // k.shape[1]
     k = torch.cat([k_past, k], dim=2).repeat_interleave(group, dim=1)
     v = torch.cat([v_past, v], dim=2).repeat_interleave(group, dim=1)

@@ -70,8 +70,9 @@ print(tuple(model(torch.zeros(1, 3, dtype=torch.int64)).shape))
 
 
 def test_import_does_not_pull_in_the_lesson_side():
-    """They are installed here, so a guarded import would pass the test above and still cost seconds."""
-    code = f"import json, sys, minillama4; print(json.dumps([m for m in {NOT_FOR_A_MODEL} if m in sys.modules]))"
+    """They are installed here, so a guarded import would pass the test above and still cost seconds. So does dynamo."""
+    names = [*NOT_FOR_A_MODEL, "torch._dynamo"]
+    code = f"import json, sys, minillama4; print(json.dumps([m for m in {names} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
 
