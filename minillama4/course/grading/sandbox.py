@@ -99,6 +99,8 @@ class Sandbox:
         hidden = [path for path in self.hide if any(path.is_relative_to(place) for place in self._places())]
         later = [p for p in self._places() if any(p.is_relative_to(path) for path in hidden)]
         mounts = []
+        for folder in ("/tmp", "/home"):  # first, because this Python may lie below one of them
+            mounts += ["--perms", "1777", "--size", str(ROOM), "--tmpfs", folder]
         for place in [place for place in self._places() if place not in later]:
             mounts += [*_parents(place), "--ro-bind", str(place), str(place)]
         for path in hidden:
@@ -117,8 +119,6 @@ class Sandbox:
         for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
             mounts += ["--ro-bind-try", name, name]
         mounts += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(ROOM), "--tmpfs", "/dev/shm"]
-        for folder in ("/tmp", "/home"):
-            mounts += ["--perms", "1777", "--size", str(ROOM), "--tmpfs", folder]
         mounts += ["--perms", "0755", "--dir", "/out", *binds, "--remount-ro", "/dev", "--remount-ro", "/"]
         for key, value in {**self._environ("/view"), "HOME": "/home"}.items():
             mounts += ["--setenv", key, value]
