@@ -77,7 +77,7 @@ def progress_text(work: Path | None = None) -> str:
     lines = []
     for exercise in every_exercise():
         row = done.get(exercise.id, {})
-        tries = f"tried {row['tries']} times" if "tries" in row else "-"
+        tries = f"tried {row['tries']} time{'s' * (row['tries'] != 1)}" if "tries" in row else "-"
         state = f"solved {row['solved']}" if "solved" in row else tries
         lines.append(f"{exercise.card.lesson}  {exercise.id:<32} {state}")
     solved = sum("solved" in done.get(exercise.id, {}) for exercise in every_exercise())
