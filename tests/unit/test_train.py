@@ -20,9 +20,10 @@ from minillama4.documents import SORTS, Writer
 from minillama4.evaluate import load_entropy
 from minillama4.fusion import cut_tiles
 from minillama4.model import Llama4
+from minillama4.muon import Muon, orthogonal
 from minillama4.tokenizer import load_tokenizer, train_tokenizer
 from minillama4.trace import trace
-from minillama4.train import LABEL_SCALE, Losses, Muon, Recipe, Team, balance_loss, batch_at, loss_of, orthogonal, train
+from minillama4.train import LABEL_SCALE, Losses, Recipe, Team, balance_loss, batch_at, loss_of, train
 
 MINI = Llama4Config.preset("mini-scout")
 TINY = replace(
