@@ -55,22 +55,46 @@ def test_200_submissions_in_one_run(sandbox, tmp_path, capsys):
 
 
 def test_killed_ten_times_nothing_is_lost_doubled_or_changed(sandbox, tmp_path, capsys):
+    """Each time after a few more submissions and a random moment; a run that ends is checked, and another begun."""
     expected = class_of(24, tmp_path / "class")
-    line, env = classroom.command(tmp_path / "class", tmp_path / "report", "-j", 2)
-    rows = tmp_path / "report" / "run" / "rows"
-    chance, seen, kills = random.Random(9), {}, 0
+    chance, kills, ends, kept = random.Random(9), 0, 0, []
     while kills < 10:
-        until = time.monotonic() + chance.uniform(2, 30)
-        if not kill_when(line, env, lambda until=until: time.monotonic() > until):
-            break  # it had come to its end
-        kills += 1
-        assert nobody_left(tmp_path / "report")
-        now = {file.name: file.read_bytes() for file in rows.glob("*.json")} if rows.is_dir() else {}
-        assert {name: now.get(name) for name in seen} == seen, "a row was lost or changed"
-        seen = now
-    report = classroom.grade(tmp_path / "class", tmp_path / "report", "-j", 2)
+        report = tmp_path / f"report {ends}"
+        line, env = classroom.command(tmp_path / "class", report, "-j", 2)
+        seen = {}
+        while kills < 10:
+            moment = after(report, len(seen) + chance.randint(0, 3), chance.uniform(0, 2))
+            if not kill_when(line, env, moment):
+                break  # it had come to its end
+            kills += 1
+            assert nobody_left(report)
+            now = stored(report)
+            assert {name: now.get(name) for name in seen} == seen, "what was stored was lost or changed"
+            seen = now
+            kept.append(sum(name.startswith("graded/") for name in seen))
+        assert verdicts(classroom.grade(tmp_path / "class", report, "-j", 2)) == expected
+        now = stored(report)
+        assert {name: now.get(name) for name in seen} == seen
+        assert sum(name.startswith("rows/") for name in now) == 24
+        ends += 1
     with capsys.disabled():
-        print(f"\nkilled {kills} times; {len(seen)} rows stood before the last run", flush=True)
-    assert verdicts(report) == expected
-    assert {name: (rows / name).read_bytes() for name in seen} == seen
-    assert len(list(rows.glob("*.json"))) == 24
+        print(f"\nkilled {kills} times, with {kept} of 24 submissions run; {ends} times to the end", flush=True)
+    assert any(0 < run < 24 for run in kept), "no kill fell into the middle of a run"
+
+
+def after(report, count: int, seconds: float):
+    """Is it `seconds` since `count` things were stored?"""
+    since = []
+
+    def moment() -> bool:
+        if not since and len(stored(report)) >= count:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() > since[0] + seconds
+
+    return moment
+
+
+def stored(report) -> dict[str, bytes]:
+    """What a run keeps of each submission: the arrays that its code gave (`graded`), and its row (`rows`)."""
+    files = [*(report / "run" / "graded").glob("*.json"), *(report / "run" / "rows").glob("*.json")]
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
