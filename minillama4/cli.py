@@ -55,6 +55,16 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
     bench.set_defaults(run=_bench)
 
+    budget = commands.add_parser("budget", help="will it fit on a GPU, and how fast can it be there at best?")
+    budget.add_argument("model", help="a preset, such as scout, or a model of another family, such as llama-3.1-8b")
+    budget.add_argument("--dtype", default="bf16", help="of the weights: bf16, fp8, int4 … (default: bf16)")
+    budget.add_argument("--context", default="8K", metavar="TOKENS", help="8192, 128K, 1M … (default: 8K)")
+    budget.add_argument("--batch", default="1", metavar="N", help="sequences at a time (default: 1)")
+    budget.add_argument("--kv-dtype", default="bf16", help="of the KV cache: bf16 or fp8 (default: bf16)")
+    budget.add_argument("--gpu", default="h100", help="h100 or h200 (default: h100)")
+    budget.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    budget.set_defaults(run=_budget)
+
     lab = commands.add_parser("lab", help="open the course in JupyterLab, on copies of your own in work/")
     lab.add_argument("jupyter", nargs="*", metavar="OPTION", help="for JupyterLab: minillama4 lab -- --port=9999")
     lab.set_defaults(run=_lab)
@@ -133,6 +143,14 @@ def _bench(options) -> int:
     from .bench import bench_command
 
     return bench_command(options.what, options.json, options.rounds, options.quick)
+
+
+def _budget(options) -> int:
+    from .roofline import budget_command
+
+    o = options
+    print(budget_command(o.model, o.dtype, o.context, o.gpu, o.batch, o.kv_dtype, o.json))
+    return 0
 
 
 def _lab(options) -> int:
