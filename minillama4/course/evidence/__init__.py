@@ -1,0 +1,1 @@
+"""What lessons claim to have measured: one command a file, its results beside it in `results/`."""
