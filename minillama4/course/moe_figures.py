@@ -73,31 +73,65 @@ def _as(form: str, value: float, _) -> str:
 def what_experts_buy(report: dict) -> Shown:
     """Facts, sums and time against the number of experts at equal active size. report: of `evidence.moe`."""
     runs = [[r for r in report["rows"] if r["arm"] == "experts" and r["experts"] == e] for e in SIZES]
-    dense = {r["dense"]: r for r in report["rows"] if r["arm"] == "dense"}
+    dense = [
+        next(r for r in report["rows"] if r.get("dense") == width and r["arm"] == "dense") for width in (320, 1088)
+    ]
     panels = (
-        ("facts known, of 16,384", lambda r: r["facts_known"], "{:,.0f}"),
-        ("held-out sums right", lambda r: r["sums_right"], "{:.0%}"),
-        ("milliseconds a step, one core", lambda r: r["ms_per_step"], "{:.0f}"),
+        ("facts known, of 16,384", "facts_known", "{:,.0f}"),
+        ("loss on facts (nats)", "fact_loss", "{:.1f}"),
+        ("held-out sums right", "sums_right", "{:.0%}"),
+        ("milliseconds a step, one core", "ms_per_step", "{:.0f}"),
     )
-    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
     words = []
-    for axes, (title, value, form) in zip(figure.subplots(1, 3), panels, strict=True):
-        means = [sum(map(value, seeds)) / len(seeds) for seeds in runs]
-        if "sums" not in title:  # learned in a jump or not at all: between the points there is nothing
+    for axes, (title, value, form) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        means = [sum(r[value] for r in seeds) / len(seeds) for seeds in runs]
+        if value != "sums_right":  # where runs are anywhere between 0 and 1, a mean says nothing
             axes.plot(range(4), means, color=BLUE, linewidth=2)
         for x, seeds in enumerate(runs):
-            axes.plot([x] * len(seeds), list(map(value, seeds)), "o", color=BLUE, markersize=5)
-        for x, width in ((1, 320), (2, 1088)):  # dense, with as many weights in all as 4 and 16 experts
-            axes.plot(x, value(dense[width]), "D", color=RED, markersize=7)
-        axes.set(title=title, xlabel="routed experts", xticks=range(4), xticklabels=SIZES)
+            axes.plot([x] * len(seeds), [r[value] for r in seeds], "o", color=BLUE, markersize=5)
+        for x, row in enumerate(dense, start=1):  # as many weights in all as 4 and as 16 experts
+            axes.plot(x, row[value], "D", color=RED, markersize=7)
+        axes.set(xlabel="routed experts", xticks=range(4), xticklabels=SIZES)
+        axes.set_title(title, fontsize=10)
         axes.set_ylim(bottom=-0.04 * axes.get_ylim()[1])
         axes.yaxis.set_major_formatter(partial(_as, form))
-        axes.title.set_fontsize(10)
-        words.append(
-            f"{title}: " + ", ".join(f"{e} experts {form.format(m)}" for e, m in zip(SIZES, means, strict=True))
-        )
-        words.append("dense of the same total " + ", ".join(form.format(value(dense[width])) for width in (320, 1088)))
+        seen = (" ".join(form.format(r[value]) for r in seeds) for seeds in runs)
+        words.append(f"{title}: " + ", ".join(f"{e} experts {said}" for e, said in zip(SIZES, seen, strict=True)))
+        words.append("dense of the same total " + ", ".join(form.format(row[value]) for row in dense))
     figure.axes[0].plot([], [], "o-", color=BLUE, label="experts, three seeds")
-    figure.axes[0].plot([], [], "D", color=RED, linestyle="none", label="dense, same total")
+    figure.axes[0].plot([], [], "D", color=RED, linestyle="none", label="dense, same total, one seed")
     figure.axes[0].legend(frameon=False, loc="lower right", fontsize=8)
-    return Shown("", figure, "Three line charts against the number of experts. " + "; ".join(words) + ".")
+    return Shown(runs_table(report), figure, "Four charts against the number of experts. " + "; ".join(words) + ".")
+
+
+COLUMNS = (  # of a row's values: how each is written, and how wide
+    ("facts_known", "{:,}", 16),
+    ("fact_loss", "{:.3f}", 18),
+    ("sums_right", "{:.0%}", 14),
+    ("ms_per_step", "{:.0f}", 13),
+)
+
+
+def runs_table(report: dict) -> str:
+    """One line an arm: the smallest and the largest of its seeds."""
+    names = {
+        "experts": "{experts} experts",
+        "other rate": "{experts} experts, other rate",
+        "dense": "dense, width {dense}",
+    }
+    lines = [
+        f"{'':30}{'rate':>6}{'seeds':>7}{'facts known':>16}{'loss on facts':>18}{'sums right':>14}{'ms a step':>13}"
+    ]
+    groups = {}
+    for row in report["rows"]:
+        if row["arm"] not in ("sweep", "balance"):
+            name = names.get(row["arm"], f"{row['arm']}, {{experts}} experts").format(**row)
+            groups.setdefault(name, []).append(row)
+    for name, rows in sorted(groups.items(), key=lambda group: list(groups).index(group[0])):
+        cells = []
+        for value, form, width in COLUMNS:
+            ends = dict.fromkeys(form.format(end(row[value] for row in rows)) for end in (min, max))
+            cells.append(f"{'-'.join(ends):>{width}}")
+        lines.append(f"{name:30}{rows[0]['rate']:6}{len(rows):7}{''.join(cells)}")
+    return "\n".join(lines)

@@ -22,7 +22,8 @@ ROWS = [
         "strength": 0.0,
         "steps": [0, 50, 99],
         "load": [EVEN, HALF, ALONE],
-        "fact_loss": 2.5,
+        "facts_known": 2500,
+        "sums_right": 0.91,
         "dead": 5,
     },
     {
@@ -30,7 +31,8 @@ ROWS = [
         "strength": 0.1,
         "steps": [0, 50, 99],
         "load": [EVEN, EVEN, EVEN],
-        "fact_loss": 2.25,
+        "facts_known": 2250,
+        "sums_right": 0.5,
         "dead": 0,
     },
     {
@@ -38,10 +40,19 @@ ROWS = [
         "strength": 0.001,
         "steps": [0, 50, 99],
         "load": [EVEN, HALF, HALF],
-        "fact_loss": 2.4,
+        "facts_known": 2400,
+        "sums_right": 0.25,
         "dead": 2,
     },
-    {"cure": "bias", "strength": 0.01, "steps": [0, 60], "load": [EVEN, HALF], "fact_loss": 2.3, "dead": 1},
+    {
+        "cure": "bias",
+        "strength": 0.01,
+        "steps": [0, 60],
+        "load": [EVEN, HALF],
+        "facts_known": 2300,
+        "sums_right": 1.0,
+        "dead": 1,
+    },
 ]
 
 
@@ -193,10 +204,12 @@ def test_the_text_says_cure_step_dead_entropy_and_loss(runs):
     assert "auxiliary loss, coefficient 0.001. Step 50 of 99, seed 0" in said
     assert "2 of 4 experts. Expert 0 gets 50% of the tokens; even would be 25%" in said
     assert "1.00 of 2.00 bits, as if 2.0 experts shared" in said
-    assert "2 dead in all layers, loss on facts 2.400 (without a cure 2.500)" in said
+    assert "2 dead in all layers, 2,400 facts known and 25% of sums right (without a cure 2,500 and 91%)" in said
     assert "bias update, rate 0.01." in balance_lab.shown(runs[3], 0).text
     said = balance_lab.shown(runs[0], 99, runs[0]).text
-    assert said.startswith("Cure: none. Step 99") and said.endswith("5 dead in all layers, loss on facts 2.500.")
+    assert said.startswith("Cure: none. Step 99") and said.endswith(
+        "5 dead in all layers, 2,500 facts known and 91% of sums right."
+    )
 
 
 def test_the_picture_is_described_and_fits_a_notebook_column(runs):
@@ -208,7 +221,7 @@ def test_the_picture_is_described_and_fits_a_notebook_column(runs):
 @pytest.mark.parametrize("experts", [4, 16, 64])
 def test_no_label_is_cut_and_no_legend_lies_on_the_data(experts):
     load = [tuple(row) for row in np.random.default_rng(0).dirichlet([0.3] * experts, 3)]
-    run = Run("bias", 0.001, 0, (0, 1000, 1999), tuple(load), 2.0, 3)
+    run = Run("bias", 0.001, 0, (0, 1000, 1999), tuple(load), 2000, 0.9, 3)
     figure = balance_lab.shown(run, 1000, replace(run, cure="none", load=tuple(load[::-1]))).picture
     figure.draw_without_rendering()
     for axes in figure.axes:

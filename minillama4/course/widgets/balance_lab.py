@@ -37,8 +37,9 @@ class Run:
     seed: int
     steps: tuple[int, ...]  # of training, when the load was stored, ascending
     load: tuple[tuple[float, ...], ...]  # [steps, experts], each row sums to 1
-    fact_loss: float  # nats, at the end; sums are learned in a jump or not at all, which hides what a cure does
-    dead: int  # experts of all layers that have less than DEAD of an even share at the end, on held-out text
+    facts: int  # known at the end
+    sums: float  # share of the held-out sums that are right at the end
+    dead: int  # experts of all layers that have less than DEAD of an even share at the end, on fresh text
 
     def __post_init__(self):
         if self.cure not in NAMES:
@@ -73,7 +74,8 @@ def read_runs(file: Path | str = RESULTS) -> list[Run]:
             row["seed"],
             tuple(row["steps"]),
             tuple(map(tuple, row["load"])),
-            row["fact_loss"],
+            row["facts_known"],
+            row["sums_right"],
             row["dead"],
         )
         for row in rows
@@ -110,14 +112,15 @@ def shown(run: Run, step: int, without: Run | None = None) -> Shown:
     even, bits, most = 1 / run.experts, entropy(shares), max(shares)
     dead = [expert for expert, share in enumerate(shares) if share < DEAD * even]
     strength = f", {STRENGTH[run.cure]} {run.strength:g}" if run.cure in STRENGTH else ""
-    compared = f" (without a cure {without.fact_loss:.3f})" if without and without is not run else ""
+    compared = f" (without a cure {without.facts:,} and {without.sums:.0%})" if without and without is not run else ""
     text = (
         f"Cure: {NAMES[run.cure]}{strength}. Step {step} of {run.steps[-1]}, seed {run.seed}.\n"
-        f"Dead in this layer (less than a tenth of an even share): {len(dead)} of {run.experts} experts. Expert "
+        f"Dead in the last layer (less than a tenth of an even share): {len(dead)} of {run.experts} experts. Expert "
         f"{shares.index(most)} gets {most:.0%} of the tokens; even would be {100 * even:.3g}%.\n"
         f"Load entropy: {bits:.2f} of {log2(run.experts):.2f} bits, as if {2**bits:.1f} experts shared the work "
         "evenly.\n"
-        f"At the end of the run: {run.dead} dead in all layers, loss on facts {run.fact_loss:.3f}{compared}."
+        f"At the end of the run: {run.dead} dead in all layers, {run.facts:,} facts known and {run.sums:.0%} of sums "
+        f"right{compared}."
     )
     figure = Figure(figsize=(9, 3.1))
     bars, curve = figure.subplots(1, 2, width_ratios=(3, 2))

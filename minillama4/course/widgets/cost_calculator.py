@@ -225,14 +225,14 @@ class CostCalculator(View):
             controls[name] = ipywidgets.BoundedIntText(
                 start[name], min=least, max=most, step=step, description=label, tooltip=meaning
             )
-            controls[name].layout.width, controls[name].style.description_width = "172px", "84px"
+            controls[name].layout.width, controls[name].style.description_width = "162px", "84px"
         controls |= {
             "dtype": ipywidgets.Dropdown(options=SHOWN_FORMATS, description="weights in"),
             "gpu": ipywidgets.Dropdown(options={gpu.upper(): gpu for gpu in GPUS}, value="h200", description="card"),
             "batch": ipywidgets.SelectionSlider(options=BATCHES, value=8, description="tokens"),
         }
         for name in ("preset", "dtype", "gpu"):
-            controls[name].layout.width = "280px"
+            controls[name].layout.width = "270px"
         controls["batch"].layout.width = "560px"
         rows = ("preset dtype gpu", "layers hidden dense_width interleave first_dense")
         super().__init__(self._show, controls, (*rows, "experts expert_width top_k shared", "batch"))
