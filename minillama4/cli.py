@@ -65,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--json", action="store_true", help="print JSON instead of a table")
     budget.set_defaults(run=_budget)
 
+    needle = commands.add_parser("needle", help="find one pair among millions of tokens (lesson 02)")
+    needle.add_argument("--tokens", default="1M", help="of the context: 65536, 256K, 1M, 10M … (default: 1M)")
+    needle.add_argument("--questions", type=_positive, default=20, metavar="N", help="needles (default: 20)")
+    needle.add_argument("--seed", type=int, default=0)
+    needle.set_defaults(run=_needle)
+
     lab = commands.add_parser("lab", help="open the course in JupyterLab, on copies of your own in work/")
     lab.add_argument("jupyter", nargs="*", metavar="OPTION", help="for JupyterLab: minillama4 lab -- --port=9999")
     lab.set_defaults(run=_lab)
@@ -150,6 +156,13 @@ def _budget(options) -> int:
 
     o = options
     print(budget_command(o.model, o.dtype, o.context, o.gpu, o.batch, o.kv_dtype, o.json))
+    return 0
+
+
+def _needle(options) -> int:
+    from .course.needle import needle_command
+
+    print(needle_command(options.tokens, options.questions, options.seed))
     return 0
 
 

@@ -106,7 +106,19 @@ def test_every_minillama4_command_in_the_readme_exists(monkeypatch, capsys):
     from minillama4.cli import main
 
     commands = re.findall(r"^minillama4 ([a-z]+)", "".join(readme_blocks("bash")), re.MULTILINE)
-    assert commands == ["ask", "train", "bench", "budget", "demo", "doctor", "check", "progress", "reset", "grade"]
+    assert commands == [
+        "ask",
+        "train",
+        "bench",
+        "budget",
+        "demo",
+        "needle",
+        "doctor",
+        "check",
+        "progress",
+        "reset",
+        "grade",
+    ]
     for command in commands:
         monkeypatch.setattr(sys, "argv", ["minillama4", command, "--help"])
         with pytest.raises(SystemExit) as stopped:
