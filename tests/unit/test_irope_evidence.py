@@ -305,3 +305,26 @@ def test_one_query_over_all_keys_is_what_the_last_layer_runs():
     q, k, v = (torch.randn(1, n, h, 48, generator=draw(i)) for i, (n, h) in enumerate([(1, 2), (90, 1), (90, 1)]))
     seen = (q[:, -1] * 48**-0.5) @ k[:, :, 0].mT
     assert torch.allclose(full_attention(q, k, v)[:, 0], seen.softmax(-1) @ v[:, :, 0], atol=1e-5)
+
+
+def test_an_arm_may_start_from_the_weights_of_another(monkeypatch):
+    """It learns first as the one and then as the other: the weights stay, the layers change."""
+    calls = []
+
+    def learn(model, rate, seed, most, finish, fresh=True):
+        text = model.config.text
+        calls.append((text.nope_layers, text.chunk_size, fresh, model.lm_head.weight.data_ptr()))
+        return {}
+
+    monkeypatch.setattr(irope, "learn", learn)
+    irope.run(irope.job("all RoPE", 0.01, 0, 64, start="iRoPE", asked=1))
+    assert [call[:3] for call in calls] == [((3,), 16, True), ((), None, False)]
+    assert calls[0][3] == calls[1][3]
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_only_a_fresh_start_draws_new_weights(fresh):
+    model = build("iRoPE")
+    before = model.embed_tokens.weight.detach().clone()
+    recall.learn(model, 1e-9, 5, 1, 1, fresh=fresh)
+    assert torch.allclose(model.embed_tokens.weight, before, atol=1e-6) is not fresh
