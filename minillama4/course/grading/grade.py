@@ -185,8 +185,11 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # Outside it
 
-    def _judge(self, waiting: list[tuple], expected: dict, prints: dict[str, str], done: dict[str, dict]):
-        """nbval over all of their graded notebooks in one run; a row is finished as its notebook ends."""
+    def _judge(self, waiting: list[tuple], expected: dict, prints: dict[str, str], done: dict[str, dict], tries=2):
+        """nbval over all of their graded notebooks in one run; a row is finished as its notebook ends.
+
+        A kernel may die as it starts (seen once in some thousand); what nbval did not confirm is judged once more.
+        """
         by_file, cells = {}, {}
         for submission, made, entry in waiting:
             file = self.graded / f"{submission.key}.ipynb"
@@ -223,6 +226,8 @@ class Run:
                     bar.update()
                 time.sleep(0 if ended else 0.2)
         missing = [submission.key for submission, _, _ in by_file.values() if submission.key not in done]
+        if missing and tries > 1:
+            return self._judge([each for each in waiting if each[0].key in missing], expected, prints, done, tries - 1)
         if missing:
             log = (self.graded / "nbval.log").read_text("utf-8", "replace").strip().splitlines()
             raise ValueError(
