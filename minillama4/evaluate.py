@@ -144,7 +144,12 @@ def expert_load(model: Llama4, batches: Iterable[Batch]) -> dict[int, list[float
 
 
 def load_entropy(shares: list[float]) -> float:
-    """Entropy of an expert load as a share of its maximum: 1 is perfectly even, 0 is one expert for all."""
+    """Entropy of an expert load as a share of its maximum: 1 is perfectly even, 0 is one expert for all.
+
+    One expert alone is even.
+    """
+    if len(shares) == 1:
+        return 1.0
     return -sum(share * math.log(share) for share in shares if share > 0) / math.log(len(shares))
 
 

@@ -6,6 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from ..moe import MoE
+from .evidence.specialise import by_layer
 from .widgets.frame import BLUE, GREY, ORANGE, RED, Shown
 
 
@@ -38,24 +39,22 @@ def score_curve(moe: MoE) -> Shown:
 
 
 def what_experts_tell(result: dict) -> Shown:
-    """How much of a label the expert tells: trained, never trained, and shuffled. result: of `evidence.specialise`."""
+    """How much of a label the expert tells: trained and never trained. result: of `evidence.specialise`."""
     labels = {
         "modality": "picture or word",
         "kind of text token": "kind of text token",
         "language, on words": "language of a word",
         "language | token": "language, given\nthe token",
     }
-    groups = {"trained": ("trained", "share_of_label", BLUE), "never trained": ("untrained", "share_of_label", GREY)}
+    groups = {"trained": ("trained", BLUE), "never trained": ("untrained", GREY)}
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     axes, words = figure.subplots(), []
     for i, (measure, name) in enumerate(labels.items()):
-        for j, (group, (weights, value, colour)) in enumerate(groups.items()):
-            rows = [r for r in result["rows"] if r["measure"] == measure and r["weights"] == weights]
-            layers = [[r[value] for r in rows if r["layer"] == layer] for layer in sorted({r["layer"] for r in rows})]
-            means = [sum(seeds) / len(seeds) for seeds in layers]  # over seeds, of each layer
-            mean = sum(means) / len(means)
+        for j, (group, (weights, colour)) in enumerate(groups.items()):
+            layers = by_layer(result, weights, measure, "share_of_label").mean(1)  # over seeds, of each layer
+            mean = layers.mean()
             axes.bar(i + 0.4 * j - 0.2, mean, 0.36, color=colour, label=group if i == 0 else None)
-            axes.plot([i + 0.4 * j - 0.2] * 2, [min(means), max(means)], color="black", linewidth=1.5)
+            axes.plot([i + 0.4 * j - 0.2] * 2, [layers.min(), layers.max()], color="black", linewidth=1.5)
             words.append(f"{name.replace(chr(10), ' ')}, {group}: {mean:.0%}")
     axes.set(xticks=range(len(labels)), xticklabels=labels.values(), ylabel="share of the label's bits", ylim=(0, 0.7))
     axes.legend(frameon=False)
@@ -105,11 +104,11 @@ def what_experts_buy(report: dict) -> Shown:
     return Shown(runs_table(report), figure, "Four charts against the number of experts. " + "; ".join(words) + ".")
 
 
-COLUMNS = (  # of a row's values: how each is written, and how wide
-    ("facts_known", "{:,}", 16),
-    ("fact_loss", "{:.3f}", 18),
-    ("sums_right", "{:.0%}", 14),
-    ("ms_per_step", "{:.0f}", 13),
+COLUMNS = (  # of a row's values: heading, how each is written, and how wide
+    ("facts known", "facts_known", "{:,}", 16),
+    ("loss on facts", "fact_loss", "{:.3f}", 18),
+    ("sums right", "sums_right", "{:.0%}", 14),
+    ("ms a step", "ms_per_step", "{:.0f}", 13),
 )
 
 
@@ -120,18 +119,16 @@ def runs_table(report: dict) -> str:
         "other rate": "{experts} experts, other rate",
         "dense": "dense, width {dense}",
     }
-    lines = [
-        f"{'':30}{'rate':>6}{'seeds':>7}{'facts known':>16}{'loss on facts':>18}{'sums right':>14}{'ms a step':>13}"
-    ]
     groups = {}
     for row in report["rows"]:
         if row["arm"] not in ("sweep", "balance"):
             name = names.get(row["arm"], f"{row['arm']}, {{experts}} experts").format(**row)
             groups.setdefault(name, []).append(row)
-    for name, rows in sorted(groups.items(), key=lambda group: list(groups).index(group[0])):
-        cells = []
-        for value, form, width in COLUMNS:
+    lines = [f"{'':30}{'rate':>6}{'seeds':>7}" + "".join(f"{heading:>{width}}" for heading, _, _, width in COLUMNS)]
+    for name, rows in groups.items():
+        line = f"{name:30}{rows[0]['rate']:6}{len(rows):7}"
+        for _, value, form, width in COLUMNS:
             ends = dict.fromkeys(form.format(end(row[value] for row in rows)) for end in (min, max))
-            cells.append(f"{'-'.join(ends):>{width}}")
-        lines.append(f"{name:30}{rows[0]['rate']:6}{len(rows):7}{''.join(cells)}")
+            line += f"{'-'.join(ends):>{width}}"
+        lines.append(line)
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from ..budget import cached_tokens, shape
 from ..checkpoint import load_checkpoint
 from ..roofline import parse_tokens
 from .evidence.recall import KEYS, PAIR, TRAINED, ask, changed, haystack, prefill, wilson
@@ -89,9 +90,8 @@ def needle(
 
 
 def kv_bytes(model, tokens: int) -> int:
-    """Of one NoPE layer, fp32; a local layer's chunk is nothing beside it."""
-    text = model.config.text
-    return 2 * 4 * text.num_kv_heads * text.head_dim * tokens
+    """Of one sequence, in fp32."""
+    return 4 * cached_tokens(model.config, tokens) * shape(model.config).kv_values
 
 
 def report(seen: Needles) -> str:

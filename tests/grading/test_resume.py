@@ -93,6 +93,31 @@ def test_a_second_run_does_nothing_again(killed):
     assert "graded in" not in report.printed and verdicts(report) == killed["expected"]
 
 
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_what_nbval_did_not_confirm_is_judged_once_more(deaths, tmp_path, monkeypatch, capsys):
+    """nbval ends without a word, as where a kernel dies; a second time is too often."""
+    from minillama4.cli import main
+    from minillama4.course.grading import nbval_run
+
+    save(notebook(RIGHT), tmp_path / "class" / "anna" / f"{NAME}.ipynb")
+    real, started = nbval_run.NbvalRun.__enter__, []
+
+    def dies(run):
+        started.append(run)
+        if len(started) > deaths:
+            return real(run)
+        run._start(["true"], dict(os.environ), "nbval.log")
+        return run
+
+    monkeypatch.setattr(nbval_run.NbvalRun, "__enter__", dies)
+    code = main(["grade", str(tmp_path / "class"), "--out", str(tmp_path / "report"), "--trusted"])
+    assert len(started) == 2
+    if deaths == 1:
+        assert code == 0 and "1 of 1 exercises solved" in capsys.readouterr().out
+    else:
+        assert code == 2 and "nbval did not confirm" in capsys.readouterr().err
+
+
 def test_the_report_names_known_wrong_answers(killed):
     for name, (solved, mistake) in killed["expected"].items():
         part = killed["report"].part(name)

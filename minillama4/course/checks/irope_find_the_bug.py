@@ -9,7 +9,7 @@ import random
 
 import torch
 
-from ..exercise import Card, Step, runs
+from ..exercise import Card, named_right, runs
 from ..observe import call
 
 CARD = Card("02", "Find the bug", difficulty=4, importance=4, minutes=40, trains="experiments, one cause at a time")
@@ -221,25 +221,10 @@ STEPS = {
 def judge(inputs: dict, observed: dict):
     seed_of = {bug_of(random.Random(seed)): seed for seed in inputs["seeds"]}
     given = {
-        bug: f"planted({seed}), with " + (f"bug {_named(bug)}" if bug else "no bug") for bug, seed in seed_of.items()
+        bug: f"planted({seed}), with " + (f"bug {bug} ({BUGS[bug]})" if bug else "no bug")
+        for bug, seed in seed_of.items()
     }
     for bug in STEPS:
         yield from runs(observed, f"planted({seed_of[bug]})", (), given[bug], dtype="int")
     said = {bug: observed[f"planted({seed_of[bug]})/value"].item() for bug in STEPS}
-    odd = next((bug for bug in STEPS if said[bug] not in range(len(BUGS))), RIGHT)
-    yield Step(
-        "each answer is the number of a bug, or 0", said[odd] in range(len(BUGS)), given[odd], str(said[odd]),
-        f"0 to {len(BUGS) - 1}", "Which numbers do the names above your function stand for?", "no bug",
-    )  # fmt: skip
-    yield Step(
-        "suspects get different answers", len(set(said.values())) > 1, "six suspects, all different",
-        f"six times {_named(said[RIGHT])}", "six different answers",
-        "Which line of yours calls the suspect, and which decides by what came out?", "one answer for all",
-    )  # fmt: skip
-    for bug, (step, question, known) in STEPS.items():
-        mistake, asks = known.get(said[bug], ("", question))
-        yield Step(step, said[bug] == bug, given[bug], _named(said[bug]), _named(bug), asks, mistake)
-
-
-def _named(bug: int) -> str:
-    return f"{bug} ({BUGS[bug]})"
+    yield from named_right(BUGS, STEPS, said, given, "suspects", "calls the suspect")

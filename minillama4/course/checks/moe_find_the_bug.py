@@ -9,7 +9,7 @@ import random
 import torch
 import torch.nn.functional as F
 
-from ..exercise import Card, Step, runs
+from ..exercise import Card, named_right, runs
 from ..observe import call
 
 CARD = Card("03", "Find the bug", difficulty=4, importance=4, minutes=40, trains="experiments, one cause at a time")
@@ -194,24 +194,9 @@ def judge(inputs: dict, observed: dict):
     for bug in STEPS:
         yield from runs(observed, f"layer{place[bug]}", (), _given(bug), dtype="int")
     said = {bug: observed[f"layer{number}/value"].item() for bug, number in place.items()}
-    odd = next((bug for bug in STEPS if said[bug] not in range(len(BUGS))), None)
-    yield Step(
-        "each answer is the number of a bug, or 0", odd is None, _given(odd or RIGHT), str(said[odd or RIGHT]),
-        f"0 to {len(BUGS) - 1}", "Which numbers do the names above your function stand for?", "no bug",
-    )  # fmt: skip
-    yield Step(
-        "layers get different answers", len(set(said.values())) > 1, "six layers, all different",
-        f"six times {_named(said[RIGHT])}", "six different answers",
-        "Which line of yours runs the layer, and which decides by what came out?", "one answer for all",
-    )  # fmt: skip
-    for bug, (step, question, known) in STEPS.items():
-        mistake, asks = known.get(said[bug], ("", question))
-        yield Step(step, said[bug] == bug, _given(bug), _named(said[bug]), _named(bug), asks, mistake)
+    given = {bug: _given(bug) for bug in STEPS}
+    yield from named_right(BUGS, STEPS, said, given, "layers", "runs the layer")
 
 
 def _given(bug: int) -> str:
-    return f"a layer with bug {_named(bug)}" if bug != RIGHT else "a layer without a bug"
-
-
-def _named(bug: int) -> str:
-    return f"{bug} ({BUGS[bug]})"
+    return f"a layer with bug {bug} ({BUGS[bug]})" if bug != RIGHT else "a layer without a bug"

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import Llama4Config, TextConfig, every
+from ...evaluate import load_entropy
 from ...model import Llama4
 from ...moe import MoE
 from ...train import balance_loss
-from .study import main
+from .study import answers, main
 
 NAMES = 128  # first names, and second names; a fact is a pair of them
 OBJECTS = 256  # so an object is 8 bits
@@ -133,13 +134,6 @@ def build(job: dict) -> Llama4:
     return model
 
 
-def answers(model: Llama4, ids: Tensor, say: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy in nats, whether the likeliest token is right) of each token to say: [said] each."""
-    hidden = model.hidden_states(ids[:, :-1])
-    logits, targets = model.lm_head(hidden[say[:, 1:]]), ids[:, 1:][say[:, 1:]]
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-
-
 @torch.no_grad()
 def tests(model: Llama4, world: World) -> dict:
     """Held-out: fresh rows of facts by how often each is read, and sums whose pairs were never read."""
@@ -199,7 +193,7 @@ def train(job: dict) -> dict:
         loads = test_loads(model, world, layers)
         row |= {
             "dead": sum(int((load < 0.1 / len(load)).sum()) for load in loads),
-            "entropy": [entropy(load) for load in loads],
+            "entropy": [round(load_entropy(load.tolist()), 4) for load in loads],
         }
     return row | history
 
@@ -213,13 +207,6 @@ def test_loads(model: Llama4, world: World, layers: list[StudiedMoE]) -> list[Te
     for layer in layers:
         loads.append(layer.load())
     return loads
-
-
-def entropy(load: Tensor) -> float:
-    """Of a load [experts], as a share of its most (all equal): 1 is perfectly even."""
-    if len(load) == 1:
-        return 1.0
-    return round(float(torch.special.entr(load).sum() / torch.tensor(len(load)).log()), 4)
 
 
 def arms(steps: int) -> list[dict]:

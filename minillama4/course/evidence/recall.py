@@ -22,6 +22,7 @@ from ...config import Llama4Config, TextConfig
 from ...model import Llama4
 from ...muon import Muon
 from ...trace import trace
+from .study import answers
 
 SYMBOLS, KEY, VALUES = 256, 3, 32  # a key is KEY symbols; the values have ids of their own, above the symbols
 PAIR = KEY + 1  # tokens
@@ -169,13 +170,6 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
-
-
-def answers(model: Llama4, ids: Tensor, say: Tensor) -> tuple[Tensor, Tensor]:
-    """(cross-entropy in nats, whether the likeliest token is right) of each token to say: [said] each."""
-    hidden = model.hidden_states(ids[:, :-1])
-    logits, targets = model.lm_head(hidden[say[:, 1:]]), ids[:, 1:][say[:, 1:]]
-    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
 @torch.no_grad()

@@ -16,13 +16,11 @@ Documents: held-out scenes, each told in English, French, Hindi and Arabic: the 
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -36,9 +34,9 @@ from ...documents import Document, Writer
 from ...model import Llama4
 from ...tokenizer import Tokenizer, load_tokenizer
 from ...trace import trace
-from ...train import write_atomically
+from . import study
 
-RESULTS = Path(__file__).parent / "results" / "specialise.json"
+RESULTS = study.RESULTS / "specialise.json"
 KINDS = ("patch", "frame", "word start", "word inside", "digit", "punctuation")  # frame: of the chat, and of pictures
 PATCH, FRAME, START, INSIDE, DIGIT, PUNCTUATION = range(len(KINDS))
 SORTS = ("questions", "two pictures", "caption")  # of documents, as in training
@@ -357,8 +355,7 @@ def verdicts(result: dict) -> dict[str, bool]:
 
 def main():
     result = run()
-    rows = ",\n".join(map(json.dumps, result["rows"]))
-    write_atomically(RESULTS, f'{{"card": {json.dumps(result["card"], indent=1)},\n"rows": [\n{rows}\n]}}\n')
+    study.store(RESULTS, result)
     print(table(result), "", *(f"{statement}: {holds}" for statement, holds in verdicts(result).items()), sep="\n")
 
 

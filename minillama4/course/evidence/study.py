@@ -12,9 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from ...bench import machine
+from ...model import Llama4
 from ...train import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +27,13 @@ Job = dict
 def load(name: str) -> dict:
     """The stored results of a study: {"card": {...}, "rows": [{...}, ...]}."""
     return json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+
+
+def store(out: Path, report: dict):
+    """A row a line, so that a difference between two versions of the file is one of rows."""
+    rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, f'{{"card": {json.dumps(report["card"], indent=1)},\n "rows": [\n  {rows}\n ]}}\n')
 
 
 def main(name: str, doc: str, jobs: list[Job], quick: list[Job], run: Callable[[Job], dict], recipe: dict) -> dict:
@@ -63,13 +73,19 @@ def study(jobs: list[Job], run: Callable[[Job], dict], recipe: dict, out: Path |
                 "date": time.strftime("%Y-%m-%d"),
             }
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(out, _text(report))
+                store(out, report)
     order = [_plain(job) for job in jobs]
     report["rows"].sort(key=lambda row: next((i for i, job in enumerate(order) if row.items() >= job.items()), 0))
     if out is not None:
-        write_atomically(out, _text(report))
+        store(out, report)
     return report
+
+
+def answers(model: Llama4, ids: Tensor, say: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross-entropy in nats, whether the likeliest token is right) of each token to say: [said] each."""
+    hidden = model.hidden_states(ids[:, :-1])
+    logits, targets = model.lm_head(hidden[say[:, 1:]]), ids[:, 1:][say[:, 1:]]
+    return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
 
 
 class _Timed:
@@ -87,8 +103,3 @@ class _Timed:
 def _plain(row: dict) -> dict:
     """As it comes back from a file."""
     return json.loads(json.dumps(row))
-
-
-def _text(report: dict) -> str:
-    rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
-    return f'{{"card": {json.dumps(report["card"], indent=1)},\n "rows": [\n  {rows}\n ]}}\n'

@@ -15,9 +15,10 @@ import ipywidgets
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..evidence import study
 from .frame import BLUE, GREY, ORANGE, RED, Shown, View
 
-RESULTS = Path(__file__).parents[1] / "evidence" / "results" / "moe.json"
+RESULTS = study.RESULTS / "moe.json"
 CURES = {"none": "none", "auxiliary loss": "aux", "bias update": "bias"}  # label -> as stored
 STRENGTH = {"aux": "coefficient", "bias": "rate"}  # what the number is called
 DEAD = 0.1  # of an even share: an expert with less learns next to nothing

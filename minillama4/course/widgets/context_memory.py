@@ -14,22 +14,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from ...budget import KV_BYTES, kv_bytes, pick, shape, weight_bytes
 from ...roofline import GPUS
-from .cost_calculator import SHOWN_FORMATS, cards
+from .cost_calculator import LIGHT, NAMES, SHOWN_FORMATS, cards
 from .frame import BLUE, GREY, ORANGE, RED, Shown, View
 
-PRESETS = {
-    "Llama 4 Scout": "scout",
-    "Llama 4 Maverick": "maverick",
-    "Behemoth (estimate)": "behemoth-estimate",
-    "DeepSeek-V3": "deepseek-v3",
-    "Llama 3.1 8B": "llama-3.1-8b",
-    "Llama 3.1 405B": "llama-3.1-405b",
-}
+SHOWN = ("scout", "maverick", "behemoth-estimate", "deepseek-v3", "llama-3.1-8b", "llama-3.1-405b")
+PRESETS = {NAMES[key]: key for key in SHOWN}
 CONTEXTS = {f"{2**p}K": 2 ** (p + 10) for p in range(10)} | {f"{m}M": m * 2**20 for m in (1, 2, 4, 8, 10)}
 POLICIES = {"local layers keep one chunk": "chunk", "all layers keep everything": "full"}
 TEN_MILLION = CONTEXTS["10M"]
 
-GIB, LIGHT = 2**30, "#bcd9ea"
+GIB = 2**30
 LOOKS = {"chunk": dict(color=BLUE, linestyle="-"), "full": dict(color=RED, linestyle="--")}
 
 
