@@ -1,5 +1,6 @@
 """Lesson 02's study: its data, its questions and its measures, each against another computation; and what it stored."""
 
+import json
 import math
 from contextlib import nullcontext
 from itertools import pairwise
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 from minillama4.attention import full_attention
-from minillama4.course.evidence import irope, recall
+from minillama4.course.evidence import irope, recall, study
 from minillama4.course.evidence.irope import ARMS, CHANGES, LENGTHS, RATES, RECIPE, build
 from minillama4.course.evidence.recall import KEY, KEYS, PAIR, SYMBOLS, TRAINED, VALUES, Haystack, haystack
 from minillama4.trace import trace
 
+STORED = study.load("irope")
 DECISIVE = ("iRoPE", "local only", "all RoPE", "all NoPE")
 
 
@@ -328,3 +330,61 @@ def test_only_a_fresh_start_draws_new_weights(fresh):
     before = model.embed_tokens.weight.detach().clone()
     recall.learn(model, 1e-9, 5, 1, 1, fresh=fresh)
     assert torch.allclose(model.embed_tokens.weight, before, atol=1e-6) is not fresh
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is stored
+
+
+def plain(job):
+    return json.loads(json.dumps(job))
+
+
+def test_every_arm_is_stored_once_and_nothing_else():
+    jobs, rows = [plain(job) for job in irope.arms()], STORED["rows"]
+    assert len(rows) == len(jobs) == 30
+    for job in jobs:
+        assert sum(row.items() >= job.items() and row.get("start") == job.get("start") for row in rows) == 1, job
+
+
+def test_the_rate_of_each_arm_is_one_of_its_best():
+    for arm, rate in RATES.items():
+        tried = {
+            row["rate"]: (row["learned"], row["history"]["accuracy"][-1])
+            for row in STORED["rows"]
+            if row["arm"] == arm and row["seed"] == 0 and row["train_steps"] == 1200 and "start" not in row
+        }
+        assert sorted(tried) == RECIPE["rates"]
+        best = max(tried.values())
+        assert tried[rate][0] == best[0] and tried[rate][1] >= best[1] - 0.02  # on 2,000 answers: one and a half points
+
+
+def test_what_the_lesson_says_of_the_study():
+    """Each claim of the lesson's seven, from the rows alone."""
+    usual = [row for row in STORED["rows"] if row["train_steps"] == 1200 and row["rate"] == 0.01]
+    arm = {name: [row for row in usual if row["arm"] == name and "start" not in row] for name in ARMS}
+    begun = next(row for row in usual if "start" in row)
+
+    def found(rows, change="as trained"):
+        """tokens -> share of the pairs found."""
+        points = [point for row in rows for point in row["lengths"][change]]
+        return {
+            n: sum(p["right"] for p in points if p["tokens"] == n) / sum(p["asked"] for p in points if p["tokens"] == n)
+            for n in {point["tokens"] for point in points}
+        }
+
+    assert [row["learned"] for name in DECISIVE for row in arm[name]] == [True] * 3 + [False] * 9
+    assert not any(row["learned"] for row in STORED["rows"] if row["arm"] in DECISIVE[1:] and "start" not in row)
+    assert [arm[f"chunk {n}"][0]["learned"] for n in (8, 32, 64)] == [True, False, False]
+    assert begun["learned"] and [round(found([begun])[n], 2) for n in (64, 256)] == [1.0, 0.28]
+    assert found([begun])[1024] < 0.06
+    hot, cold = found(arm["iRoPE"]), found(arm["iRoPE"], "temperature off")
+    assert [round(hot[n], 2) for n in (65_536, 1_048_576)] == [0.92, 0.43] and round(cold[1_048_576], 2) == 0.28
+    margins = [[p["margin"] for p in row["lengths"]["as trained"]] for row in arm["iRoPE"]]
+    assert all(18 < row[0] < 20 and 11 < row[-1] < 13 for row in margins)
+    cut = [sum(row["split"]["as trained"][f"after {n}"]["right"] for row in arm["iRoPE"]) / 384 for n in (1, 2, 3)]
+    assert round(min(cut), 2) == 0.02 and round(max(cut), 2) == 0.14
+    assert sum(row["crowd"]["as trained"]["765"]["right"] for row in arm["iRoPE"]) / 384 < hot[1_048_576]
+    assert not arm["NoPE first"][0]["learned"] and found(arm["NoPE every 2"])[65_536] >= hot[65_536] - 0.01
+    costs = [[p["prefill_us_per_token"] for p in rows[0]["lengths"]["as trained"]] for rows in arm.values()]
+    assert 4 < costs[0][5] < 6 and 500 < costs[2][5] < 550
