@@ -197,31 +197,14 @@ def same(
     return Step(name, passed, given, came_out, expected, question, mistake)
 
 
-def named_right(
-    bugs: tuple[str, ...], steps: dict[int, tuple], said: dict[int, int], given: dict[int, str], noun: str, use: str
-) -> Iterator[Step]:
-    """Of a bug hunt: each suspect's bug is named. Bug 0 is none.
-
-    steps: bug -> (what is right when it is found, the question for any other answer, {answer: (name, question)}).
-    said: the learner's answer to each; given: each suspect in words; noun, use: "layers" and "runs the layer".
-    """
-
-    def named(bug: int) -> str:
-        return f"{bug} ({bugs[bug]})"
-
-    odd = next((bug for bug in steps if said[bug] not in range(len(bugs))), 0)
-    yield Step(
-        "each answer is the number of a bug, or 0", said[odd] in range(len(bugs)), given[odd], str(said[odd]),
-        f"0 to {len(bugs) - 1}", "Which numbers do the names above your function stand for?", "no bug",
+def as_published(name: str, observed: dict, number: int, given: str) -> Iterator[Step]:
+    """Of a count that was right for small models: the whole number that is known of a released one."""
+    yield from runs(observed, name, (), given, dtype="int")
+    yield same(
+        name, observed[f"{name}/value"], number, given,
+        "Small models came out right. Is there a number in your function that belongs to one model only, or a "
+        "float, which holds whole numbers only so far?",
     )  # fmt: skip
-    yield Step(
-        f"{noun} get different answers", len(set(said.values())) > 1, f"six {noun}, all different",
-        f"six times {named(said[0])}", "six different answers",
-        f"Which line of yours {use}, and which decides by what came out?", "one answer for all",
-    )  # fmt: skip
-    for bug, (step, question, known) in steps.items():
-        mistake, asks = known.get(said[bug], ("", question))
-        yield Step(step, said[bug] == bug, given[bug], named(said[bug]), named(bug), asks, mistake)
 
 
 def close(got: np.ndarray, want: np.ndarray, tolerance: float) -> bool:

@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from ..exercise import Card, runs, same
+from ..exercise import Card, as_published, runs, same
 from ..observe import call
 
 CARD = Card(
@@ -175,12 +175,7 @@ def judge(inputs: dict, observed: dict):
         yield same(step, observed[f"{name}/value"], truth(inputs, trained), given, question, mistakes)
     for name, (trained, number) in KNOWN.items():
         given = _given(SCOUT, trained)
-        yield from runs(observed, name, (), given, dtype="int")
-        yield same(
-            name, observed[f"{name}/value"], number, given,
-            "Small models came out right. Is there a number in your function that belongs to one model only, or a "
-            "float, which holds whole numbers only so far?",
-        )  # fmt: skip
+        yield from as_published(name, observed, number, given)
 
 
 def _given(sizes: dict, trained: tuple[str, ...]) -> str:

@@ -9,8 +9,8 @@ import random
 
 import torch
 
-from ..exercise import Card, named_right, runs
-from ..observe import call
+from .. import bug_hunt
+from ..exercise import Card
 
 CARD = Card("02", "Find the bug", difficulty=4, importance=4, minutes=40, trains="experiments, one cause at a time")
 
@@ -78,32 +78,18 @@ def planted(seed: int):
 
     def attend(q, k, v, layer):  # holds no more than its seed, and has the same name for every bug
         rng = random.Random(seed)
-        bug, theta, scale = bug_of(rng), 10 ** rng.uniform(3, 6), rng.uniform(0.2, 0.4)
+        bug, theta, scale = bug_hunt.bug_of(rng, BUGS), 10 ** rng.uniform(3, 6), rng.uniform(0.2, 0.4)
         return suspect(bug, theta, scale)(q, k, v, layer)
 
     return attend
 
 
-def bug_of(rng: random.Random) -> int:
-    return rng.randrange(len(BUGS))
-
-
 def draw(rng: random.Random) -> dict:
-    """A seed for each bug, in any order."""
-    seeds = []
-    for bug in rng.sample(range(len(BUGS)), len(BUGS)):
-        seed = rng.getrandbits(32)
-        while bug_of(random.Random(seed)) != bug:
-            seed = rng.getrandbits(32)
-        seeds.append(seed)
-    return {"seeds": seeds}
+    return bug_hunt.draw(rng, BUGS)
 
 
 def observe(function, inputs: dict) -> dict:
-    seen = {}
-    for seed in inputs["seeds"]:
-        seen |= call(f"planted({seed})", function, planted(seed))
-    return seen
+    return bug_hunt.observe(function, inputs, planted)
 
 
 # Bug -> what is right when it is found, the question for any other answer, and for particular ones their name and own.
@@ -219,12 +205,4 @@ STEPS = {
 
 
 def judge(inputs: dict, observed: dict):
-    seed_of = {bug_of(random.Random(seed)): seed for seed in inputs["seeds"]}
-    given = {
-        bug: f"planted({seed}), with " + (f"bug {bug} ({BUGS[bug]})" if bug else "no bug")
-        for bug, seed in seed_of.items()
-    }
-    for bug in STEPS:
-        yield from runs(observed, f"planted({seed_of[bug]})", (), given[bug], dtype="int")
-    said = {bug: observed[f"planted({seed_of[bug]})/value"].item() for bug in STEPS}
-    yield from named_right(BUGS, STEPS, said, given, "suspects", "calls the suspect")
+    yield from bug_hunt.judge(inputs, observed, BUGS, STEPS)

@@ -2,7 +2,7 @@
 
 import random
 
-from ..exercise import Card, runs, same
+from ..exercise import Card, as_published, runs, same
 from ..observe import call
 
 CARD = Card("02", "KV bytes", difficulty=2, importance=5, minutes=15, trains="KV cache, what 10M tokens cost")
@@ -173,12 +173,7 @@ def judge(inputs: dict, observed: dict):
         yield same(step, observed[f"{name}/value"], want, given, question, mistakes)
     for name, (tokens, size, known) in KNOWN.items():
         given = _given(SCOUT, tokens, size)
-        yield from runs(observed, name, (), given, dtype="int")
-        yield same(
-            name, observed[f"{name}/value"], known, given,
-            "Small models came out right. Is there a number in your function that belongs to one model only, or a "
-            "float, which holds whole numbers only so far?",
-        )  # fmt: skip
+        yield from as_published(name, observed, known, given)
 
 
 def _given(config: dict, tokens: int, size: int) -> str:

@@ -9,7 +9,8 @@ import random
 import torch
 import torch.nn.functional as F
 
-from ..exercise import Card, named_right, runs
+from .. import bug_hunt
+from ..exercise import Card, runs
 from ..observe import call
 
 CARD = Card("03", "Find the bug", difficulty=4, importance=4, minutes=40, trains="experiments, one cause at a time")
@@ -61,18 +62,11 @@ def suspect(bug: int):
 
 
 def draw(rng: random.Random) -> dict:
-    """A seed for each layer: nothing that a learner's code finds on its way says which bug is which."""
-    seeds = []
-    for bug in rng.sample(range(len(BUGS)), len(BUGS)):
-        seed = rng.getrandbits(48)
-        while bug_of(seed) != bug:
-            seed = rng.getrandbits(48)
-        seeds.append(seed)
-    return {"seeds": seeds}
+    return bug_hunt.draw(rng, BUGS)
 
 
 def bug_of(seed: int) -> int:
-    return random.Random(seed).randrange(len(BUGS))
+    return bug_hunt.bug_of(random.Random(seed), BUGS)
 
 
 def unnamed(seed: int):
@@ -195,7 +189,7 @@ def judge(inputs: dict, observed: dict):
         yield from runs(observed, f"layer{place[bug]}", (), _given(bug), dtype="int")
     said = {bug: observed[f"layer{number}/value"].item() for bug, number in place.items()}
     given = {bug: _given(bug) for bug in STEPS}
-    yield from named_right(BUGS, STEPS, said, given, "layers", "runs the layer")
+    yield from bug_hunt.named_right(BUGS, STEPS, said, given, "layers", "runs the layer")
 
 
 def _given(bug: int) -> str:
