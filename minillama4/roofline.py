@@ -94,7 +94,7 @@ def decode_bound(
     """
     s = _every_expert(model) if dense else shape(model)
     moved = kv_bytes(s, context, batch, kv_dtype) + read_bytes(s, dtype, batch)
-    flops = batch * (_matrix_flops(s) + 2 * count(s).head + 2 * s.score_width * cached_tokens(s, context))
+    flops = batch * (matrix_flops(s) + 2 * count(s).head + 2 * s.score_width * cached_tokens(s, context))
     return _bound(batch, moved, flops, gpu)
 
 
@@ -113,11 +113,11 @@ def prefill_bound(
     s = _every_expert(model) if dense else shape(model)
     if context < 1:
         raise ValueError(f"context is {context}; a prompt has at least 1 token")
-    chunks, rest = divmod(context, s.chunk) if s.chunk else (0, context)
-    local = chunks * _causal_pairs(s.chunk) + _causal_pairs(rest)
-    pairs = (s.layers - s.local_layers) * _causal_pairs(context) + s.local_layers * (context**2 if dense else local)
+    pairs = attention_pairs(s, context)
+    if dense:
+        pairs += s.local_layers * (context**2 - _chunked_pairs(context, s.chunk))
     moved = read_bytes(s, dtype, context) + kv_bytes(s, context, dtype=kv_dtype)
-    return _bound(context, moved, context * _matrix_flops(s) + 2 * s.score_width * pairs, gpu)
+    return _bound(context, moved, context * matrix_flops(s) + 2 * s.score_width * pairs, gpu)
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,25 @@ def _every_expert(model: Model) -> Shape:
     return replace(s, per_token=s.experts)
 
 
-def _matrix_flops(s: Shape) -> int:
-    """FLOPs of one token in all matrices of the layers."""
+def matrix_flops(s: Shape) -> int:
+    """FLOPs of one token in all matrices of the layers, forward."""
     c = count(s)
     return 2 * (c.attention + c.router + c.shared + c.dense + c.routed_active)
 
 
+def attention_pairs(s: Shape, context: int) -> int:
+    """Pairs of a query and a key that it may see in a prompt of `context` tokens, summed over the layers."""
+    return (s.layers - s.local_layers) * _causal_pairs(context) + s.local_layers * _chunked_pairs(context, s.chunk)
+
+
 def _causal_pairs(tokens: int) -> int:
-    """Pairs of a query and a key that it may see."""
     return tokens * (tokens + 1) // 2
+
+
+def _chunked_pairs(tokens: int, chunk: int) -> int:
+    """chunk: 0 if there are no local layers."""
+    chunks, rest = divmod(tokens, chunk) if chunk else (0, tokens)
+    return chunks * _causal_pairs(chunk) + _causal_pairs(rest)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,20 +19,13 @@ from dataclasses import dataclass
 
 from .budget import Model, count, shape
 from .config import PRESETS, Llama4Config, VisionConfig
-from .roofline import prefill_bound
+from .roofline import attention_pairs, matrix_flops
 
 PARTS = ("encoder", "projector", "text")  # from the pixels to the loss; the adapter belongs to the encoder
 
 
-@dataclass(frozen=True)
-class Part:
-    """One part's parameters, and its FLOPs in one step."""
-
-    parameters: int
-    trained: bool
-    forward: int
-    backward_inputs: int  # gradients that flow on, towards the pixels; all of attention's own backward pass
-    backward_weights: int  # gradients that stay, for the optimizer
+class _Passes:
+    """Sums over the passes of one step."""
 
     @property
     def backward(self) -> int:
@@ -44,7 +37,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Part(_Passes):
+    """One part's parameters, and its FLOPs in one step."""
+
+    parameters: int
+    trained: bool
+    forward: int
+    backward_inputs: int  # gradients that flow on, towards the pixels; all of attention's own backward pass
+    backward_weights: int  # gradients that stay, for the optimizer
+
+
+@dataclass(frozen=True)
+class Cost(_Passes):
     """One training step by part; FLOPs add up over the parts."""
 
     encoder: Part
@@ -65,14 +69,6 @@ class Cost:
     @property
     def backward_weights(self) -> int:
         return sum(part.backward_weights for part in self.parts().values())
-
-    @property
-    def backward(self) -> int:
-        return self.backward_inputs + self.backward_weights
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
 
     @property
     def parameters(self) -> int:
@@ -132,9 +128,8 @@ def training_cost(
         raise ValueError(f"tokens is {tokens}; {tiles} tiles alone are {image_tokens} image tokens")
 
     c = count(s)
-    matrices = c.active_read - c.norms - c.head  # of the layers, as one token takes them
-    attention = prefill_bound(s, context=tokens).flops - 2 * tokens * matrices
-    text = 2 * (tokens * matrices + head_tokens * c.head)
+    attention = 2 * s.score_width * attention_pairs(s, tokens)
+    text = tokens * matrix_flops(s) + 2 * head_tokens * c.head
     first, others, inside_tiles = _encoder_flops(vision) if tiles else (0, 0, 0)
     projector = 2 * image_tokens * s.projector
     sees_pixels = tiles and vision.encoder == "linear"
