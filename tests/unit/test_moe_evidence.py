@@ -228,6 +228,13 @@ def test_a_study_that_was_stopped_goes_on_and_keeps_what_it_had(tmp_path):
     assert json.loads(out.read_text()) == report
 
 
+def test_a_job_is_not_taken_for_one_that_says_one_thing_more(tmp_path):
+    out, more, less = tmp_path / "s.json", {"x": 1, "start": "warm"}, {"x": 1}
+    study.study([more], double, {"seed": 1}, out, workers=1)
+    report = study.study([less, more], double, {"seed": 1}, out, workers=1)
+    assert report["rows"] == [less | {"doubled": 2}, more | {"doubled": 2}]
+
+
 def test_results_of_another_recipe_are_not_mixed_in(tmp_path):
     out = tmp_path / "s.json"
     study.study([{"x": 1}], double, {"steps": 5}, out, workers=1)

@@ -59,7 +59,14 @@ def study(jobs: list[Job], run: Callable[[Job], dict], recipe: dict, out: Path |
         kept = {name: report["card"].get(name) for name in recipe}
         if kept != json.loads(json.dumps(recipe)):
             raise ValueError(f"{out} holds results of another recipe, {kept}; give another --out or delete it")
-    todo = [job for job in jobs if not any(row.items() >= _plain(job).items() for row in report["rows"])]
+    order, settings = [_plain(job) for job in jobs], {name for job in jobs for name in job}
+
+    def job_of(row: dict) -> Job:
+        """All its settings: a job that says one thing more is another job."""
+        return {name: value for name, value in row.items() if name in settings}
+
+    done = [job_of(row) for row in report["rows"]]
+    todo = [job for job, plain in zip(jobs, order, strict=True) if plain not in done]
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         results = pool.imap_unordered(_Timed(run), todo)
@@ -74,8 +81,7 @@ def study(jobs: list[Job], run: Callable[[Job], dict], recipe: dict, out: Path |
             }
             if out is not None:
                 store(out, report)
-    order = [_plain(job) for job in jobs]
-    report["rows"].sort(key=lambda row: next((i for i, job in enumerate(order) if row.items() >= job.items()), 0))
+    report["rows"].sort(key=lambda row: order.index(job_of(row)) if job_of(row) in order else 0)
     if out is not None:
         store(out, report)
     return report
