@@ -382,6 +382,11 @@ def test_what_the_lesson_says_of_the_study():
     assert [round(hot[n], 2) for n in (65_536, 1_048_576)] == [0.92, 0.43] and round(cold[1_048_576], 2) == 0.28
     margins = [[p["margin"] for p in row["lengths"]["as trained"]] for row in arm["iRoPE"]]
     assert all(18 < row[0] < 20 and 11 < row[-1] < 13 for row in margins)
+    for tokens, least, most in ((16_384, 1.5, 2.5), (1_048_576, 0.5, 1.0)):  # what temperature adds to the margin
+        n = LENGTHS.index(tokens)
+        added = [row["lengths"]["as trained"][n]["margin"] - row["lengths"]["temperature off"][n]["margin"]
+                 for row in arm["iRoPE"]]  # fmt: skip
+        assert least < sum(added) / len(added) < most
     cut = [sum(row["split"]["as trained"][f"after {n}"]["right"] for row in arm["iRoPE"]) / 384 for n in (1, 2, 3)]
     assert round(min(cut), 2) == 0.02 and round(max(cut), 2) == 0.14
     assert sum(row["crowd"]["as trained"]["765"]["right"] for row in arm["iRoPE"]) / 384 < hot[1_048_576]
