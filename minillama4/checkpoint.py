@@ -143,6 +143,7 @@ def save_checkpoint(
             "bos_token_id": model.config.bos_token,
             "eos_token_id": list(model.config.stop_tokens),
             "pad_token_id": model.config.pad_token,
+            "do_sample": False,  # greedy, as `generate` is; transformers' text pipeline would sample unless told so
         },
     )
     if model.config.vision is not None:
