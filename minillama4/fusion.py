@@ -8,6 +8,7 @@ Shapes: pixel_values [tiles, 3, side, side]; embeddings [batch, tokens, hidden].
 Source: Meta's llama-models, models/llama4/preprocess.py and chat_format.py (facts sections 2.2 and 2.3).
 """
 
+import io
 import json
 import math
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,36 +35,46 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HS
 # A picture becomes tiles.
 
 
-def open_image(image: str | Path | Image.Image) -> Image.Image:
+def open_image(image: str | Path | bytes | bytearray | memoryview | Image.Image) -> Image.Image:
     """One picture as 8-bit RGB, upright (EXIF), transparency on white, 16-bit grey scaled to 8 bits.
 
-    image: a path to a PNG, JPEG, WebP, BMP, TIFF or one-frame GIF, or a PIL image.
+    image: a path to a PNG, JPEG, WebP, BMP, TIFF or one-frame GIF, the bytes of such a file, or a PIL image.
     ValueError, in one line: no such file, not an image, truncated, animated, above 100 megapixels (seen in the header,
     before anything is decoded), or pixels without a known range, such as floats.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, f"image {getattr(image, 'filename', '') or f'({image.mode} in memory)'}")
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        content = bytes(image)
+        return _decode(io.BytesIO(content), f"image ({len(content):,} bytes in memory)")
     if not isinstance(image, (str, Path)):
-        raise ValueError(f"image is {type(image).__name__}; it must be a path or a PIL image")
+        raise ValueError(f"image is {type(image).__name__}; it must be a path, the bytes of a file, or a PIL image")
     path, name = Path(image), f"image {str(image)!r}"
     if not path.is_file():
         what = "a folder" if path.is_dir() else "not there"
         raise ValueError(f"{name} is {what}; give the path of a PNG or JPEG file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is above this warning
-            file = Image.open(path, formats=_FORMATS)
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name} has over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first") from None
+        file = path.open("rb")
     except PermissionError:
         raise ValueError(f"{name} may not be read; check its permissions") from None
+    with file:
+        return _decode(file, name)
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is above this warning
+            image = Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name} has over {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first") from None
     except Exception:
-        with path.open("rb") as handle:
-            start = handle.read(12)
+        file.seek(0)
+        start = file.read(12)
         content = f"starts with {start!r}" if start else "is empty"
         raise ValueError(f"{name} is no image, or a broken one (the file {content}); give a PNG or JPEG file") from None
-    with file:
-        return _to_rgb(file, name)
+    with image:
+        return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -102,7 +114,10 @@ def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
     darkest, brightest = grey.min(), grey.max()
     if darkest < 0 or brightest > 65535:
         raise ValueError(f"{name} has grey values from {darkest} to {brightest}; save it with 8 or 16 bits per pixel")
-    return Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    scaled = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if isinstance(key := image.info.get("transparency"), int):  # one of the 65536 levels means "nothing here"
+        scaled.putalpha(Image.fromarray(np.where(grey == key, 0, 255).astype(np.uint8)))
+    return scaled
 
 
 def choose_grid(height: int, width: int, tile_size: int, max_tiles: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import io
 import math
 import struct
 import zlib
@@ -246,6 +247,93 @@ def test_bad_pictures_in_memory_are_refused():
     assert "-1" in error(open_image, Image.fromarray(np.array([[-1]], dtype=np.int32)))
     assert "0 x 3" in error(open_image, Image.new("RGB", (0, 3)))
     assert "ndarray" in error(open_image, np.zeros((3, 3)))
+
+
+def saved(image, **how):
+    """The bytes of its file."""
+    stream = io.BytesIO()
+    image.save(stream, **how)
+    return stream.getvalue()
+
+
+def test_bytes_of_a_file_of_any_format():
+    for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"):
+        content = saved(Image.new("RGB", (8, 8), (250, 0, 0)), format=name)
+        for given in (content, bytearray(content), memoryview(content)):
+            assert rgb(given) == pytest.approx((250, 0, 0), abs=6)
+    assert "over 100 megapixels" in error(open_image, png_header(65535, 65535))
+
+
+def test_a_photo_of_twelve_megapixels():
+    photo, colours = Image.new("RGB", (4000, 3000)), [(200, 30, 30), (30, 200, 30), (30, 30, 200), (180, 180, 20)]
+    corners = [(0, 0), (2000, 0), (0, 1500), (2000, 1500)]
+    for corner, colour in zip(corners, colours, strict=True):
+        photo.paste(colour, (*corner, corner[0] + 2000, corner[1] + 1500))
+    opened = open_image(saved(photo, format="JPEG", quality=90))
+    assert (opened.mode, opened.size) == ("RGB", (4000, 3000))
+    for (x, y), colour in zip(corners, colours, strict=True):
+        assert opened.getpixel((x + 1000, y + 750)) == pytest.approx(colour, abs=4)
+
+
+def test_each_colour_of_a_palette_has_its_own_transparency():
+    palette = Image.new("P", (4, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255, 0, 255, 0, 10, 20, 30])
+    for x in range(4):
+        palette.putpixel((x, 0), x)
+    opened = open_image(saved(palette, format="PNG", transparency=bytes([0, 51, 255, 255])))
+    faint = 255 - 51  # a fifth of blue on white
+    assert [opened.getpixel((x, 0)) for x in range(4)] == [
+        (255, 255, 255), (faint, faint, 255), (0, 255, 0), (10, 20, 30)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_grey_of_16_bits_keeps_its_brightness(format):
+    """A ramp over all 65,536 levels: level v is v / 65535 of white, and no level above 255 is cut off."""
+    levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    opened = np.array(open_image(saved(Image.fromarray(levels), format=format)))
+    assert opened.shape == (256, 256, 3) and (opened == opened[..., :1]).all()
+    assert np.abs(opened[..., 0] - levels / 65535 * 255).max() <= 0.5
+
+
+def test_grey_of_16_bits_with_a_level_that_is_transparent():
+    levels = Image.fromarray(np.array([[257 * 5, 257 * 6, 257 * 5 + 1]], dtype=np.uint16))
+    opened = open_image(saved(levels, format="PNG", transparency=257 * 5))
+    assert [opened.getpixel((x, 0))[0] for x in range(3)] == [255, 6, 5]
+
+
+@pytest.mark.parametrize(
+    "orientation, corner", [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (4, (0, 1)), (5, (0, 0)), (6, (1, 0)), (7, (1, 1)),
+                            (8, (0, 1))])  # fmt: skip
+def test_all_eight_exif_orientations(orientation, corner):
+    """Where the stored picture's first pixel belongs, by the EXIF standard: 1 is top left, 6 is top right, ..."""
+    image, exif = Image.new("RGB", (40, 20), "black"), Image.Exif()
+    image.paste("white", (0, 0, 8, 8))
+    exif[0x0112] = orientation
+    opened = open_image(saved(image, format="JPEG", quality=95, exif=exif))
+    assert opened.size == ((40, 20) if orientation < 5 else (20, 40))
+    at = [(3, size - 4)[far] for size, far in zip(opened.size, corner, strict=True)]
+    assert min(opened.getpixel(tuple(at))) > 240
+    assert sum(min(opened.getpixel((x, y))) > 128 for x in (3, opened.width - 4) for y in (3, opened.height - 4)) == 1
+
+
+def test_cmyk_bytes_are_not_inverted():
+    """Ink on white paper: half of the black ink is grey, cyan and yellow are green, none is white."""
+    for ink, seen in {(0, 0, 0, 128): (127,) * 3, (255, 0, 255, 0): (0, 255, 0), (0, 0, 0, 0): (255,) * 3}.items():
+        assert rgb(saved(Image.new("CMYK", (8, 8), ink), format="JPEG")) == pytest.approx(seen, abs=6)
+
+
+def test_bad_bytes_are_refused_in_one_line():
+    first, second = noise(200, 200), noise(200, 200, 1)
+    whole = {name: saved(first, format=name) for name in ("PNG", "JPEG", "WEBP", "GIF")}
+    cut = {name: content[: len(content) // 2] for name, content in whole.items()}
+    moving = saved(first, format="GIF", save_all=True, append_images=[second])
+    assert "animated (2 frames); save one frame as PNG" in error(open_image, moving)
+    for name, content in cut.items():
+        said = error(open_image, content)
+        assert f"image ({len(content):,} bytes in memory) is" in said and "broken" in said, name
+    assert "starts with b'hello\\nworld'" in error(open_image, b"hello\nworld")
+    assert "is empty" in error(open_image, b"")
 
 
 # --- Prompts ----------------------------------------------------------------------------------------------------------
