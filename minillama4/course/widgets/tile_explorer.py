@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from ...budget import kv_bytes
 from ...config import Llama4Config
@@ -119,10 +118,6 @@ class Drawing:
 def drawn_tiles(image: Image.Image | Drawing) -> np.ndarray:
     """[tiles, SHOWN_TILE, SHOWN_TILE, 3] uint8: what the encoder gets, in a size to look at; a global tile is last."""
     tiles = F.avg_pool2d(cut_tiles(image, VISION)[0], SIDE // SHOWN_TILE)  # [tiles, 3, SHOWN_TILE, SHOWN_TILE]
-    return _bytes(tiles)
-
-
-def _bytes(tiles: Tensor) -> np.ndarray:
     return ((tiles + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
@@ -173,22 +168,18 @@ def shown(width: int, height: int, tiles: np.ndarray | None = None) -> Shown:
         figure.text(0.54, 0.5, "no global tile:\none tile is\nthe whole picture", ha="center", va="center", color=GREY)
     _seams(figure.add_axes((0.7, 0.15, 0.27, 0.74)), width, now, *steps(height, max(MOST, width)))
     figure.text(0.835, 0.93, "tokens by width, at this height", ha="center")
-    return Shown(text, figure, _in_words(lines[0], now))
+    alt = (
+        f"The tiles that the encoder gets, the picture top left on black. {lines[0]} "
+        "A curve: tokens against the width, at this height, in steps."
+    )
+    return Shown(text, figure, alt)
 
 
 def _one_pixel_more(width: int, height: int, now: Tiling) -> str:
-    steps = {"wider": (1, 0), "higher": (0, 1), "wider and higher": (1, 1)}
-    more = {words: tiling(width + across, height + down).tokens for words, (across, down) in steps.items()}
+    moves = {"wider": (1, 0), "higher": (0, 1), "wider and higher": (1, 1)}
+    more = {words: tiling(width + across, height + down).tokens for words, (across, down) in moves.items()}
     changed = [f"{tokens:,} if {words}" for words, tokens in more.items() if tokens != now.tokens]
     return f"A seam! With one pixel more: {', '.join(changed)}." if changed else "One pixel more changes nothing."
-
-
-def _in_words(first_line: str, now: Tiling) -> str:
-    beside = "" if now.tiles == 1 else " Beside them the global tile: the whole picture squeezed into a square."
-    return (
-        f"The tiles that the encoder gets, the picture top left on black. {first_line}{beside} "
-        "A curve: tokens against the width, at this height, in steps."
-    )
 
 
 def _mosaic(pixels: np.ndarray, now: Tiling) -> np.ndarray:
@@ -269,7 +260,8 @@ class TileExplorer(View):
         }
         for name, pixels in (("picture", 380), ("width", 340), ("height", 340), ("width_px", 80), ("height_px", 80)):
             controls[name].layout.width = f"{pixels}px"
-        controls["upload"].tooltip = "PNG, JPEG, WebP, BMP, TIFF or a GIF of one frame; it stays in this notebook"
+        # Jupyter's server drops the connection at a message of 10 MiB: nothing larger would reach this code.
+        controls["upload"].tooltip = "PNG, JPEG, WebP, BMP, TIFF or a GIF of one frame, below 10 MB"
         controls["upload"].layout.width = "200px"
         super().__init__(self._show, controls, ("picture upload", "width width_px height height_px"))
 
