@@ -8,6 +8,7 @@ transformers 4 and `rope_parameters` in 5; both are read, and both are written.
 from .config import Llama4Config, RopeScaling, TextConfig, VisionConfig, every
 
 MODEL_TYPES = ("llama4", "llama4_text")
+INT4 = {"quant_method": "minillama4-int4", "bits": 4, "group_size": 128, "scale_dtype": "float32"}  # see cuda/int4.py
 _MISSING = object()
 
 
@@ -19,8 +20,7 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(f"config.json: model_type is {kind!r}; only {' and '.join(MODEL_TYPES)} can be loaded")
-    if "quantization_config" in config:
-        raise ValueError("config.json: quantization_config is set; load the unquantised checkpoint")
+    stored_as(config)
     text = config.get("text_config", config) if kind == "llama4" else config
     _require(text, "text_config", num_experts_per_tok=1, attention_bias=False, hidden_act="silu")
     _require(config, "config.json", tie_word_embeddings=False)
@@ -69,6 +69,21 @@ def from_hub(config: dict, generation: dict | None = None, preprocessor: dict | 
         pad_token=text.get("pad_token_id") or 0,
         patch_token=config.get("image_token_index", config.get("image_token_id", 200092)),
     )
+
+
+def stored_as(config: dict) -> str | None:
+    """How the weights beside a parsed config.json are quantised: "int4" as `save_checkpoint` writes it, or None.
+
+    ValueError: quantised by somebody else, or by another version of the format.
+    """
+    if "quantization_config" not in config:
+        return None
+    if config["quantization_config"] != INT4:
+        raise ValueError(
+            "config.json: quantization_config is set, and not the one that `save_checkpoint` writes; load the "
+            "unquantised checkpoint"
+        )
+    return "int4"
 
 
 def _vision(vision: dict, preprocessor: dict) -> VisionConfig:
