@@ -1,0 +1,318 @@
+"""The study of lesson 04: its documents are what they say, its arms differ in one thing, its scores are right."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from minillama4 import distill as losses
+from minillama4 import scenes
+from minillama4.course.evidence import distill, distill_tokens, told
+from minillama4.tokenizer import load_tokenizer
+from minillama4.train_cost import training_cost
+
+TOKENIZER = load_tokenizer("mini-scout")
+TINY = distill.QUICK | {
+    "pool": 60,
+    "train_steps": 4,
+    "teacher_steps": 2,
+    "held_out": 20,
+    "batch": 4,
+    "teacher_batch": 4,
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setattr(distill, "QUICK", TINY)
+    monkeypatch.setattr(distill, "RUNS", tmp_path)
+    return TINY
+
+
+@pytest.fixture(scope="module")
+def read():
+    return told.documents("test", "train", 60)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+def lines(read, row):
+    """[(words, size, digit, part of each token)] of one document."""
+    found = []
+    for first in range(0, told.TOKENS, told.LINE):
+        ids, part = (x[row, first : first + told.LINE].tolist() for x in (read.ids, read.part))
+        text = TOKENIZER.decode(ids)
+        assert text.startswith(" ") and text.endswith("\n")
+        *name, size, digit = text.split()
+        found.append((" ".join(name), size, digit, part))
+    return found
+
+
+def test_a_line_is_a_caption_the_first_time_and_then_asks_for_what_it_said(read):
+    names = {
+        language: {scenes.phrase(language, "bare", c, s): (c, s) for c in scenes.COLOURS for s in scenes.SHAPES}
+        for language in told.LANGUAGES
+    }
+    captions = answers = 0
+    for row in range(len(read)):
+        known = {}
+        language = next(name for name in told.LANGUAGES if lines(read, row)[0][0] in names[name])
+        for name, size, digit, part in lines(read, row):
+            assert name in names[language] and size in {scenes.size_word(language, s) for s in scenes.SIZES}
+            assert not scenes.is_held_out(*names[language][name], int(digit))
+            if name in known:  # only the two words that answer count: " large", and "6" of " 6"
+                assert known[name] == (size, digit)
+                assert part == [told.READ, told.READ, told.ANSWER, told.READ, told.ANSWER + 1, told.READ]
+                answers += 2
+            else:
+                assert part == [told.CAPTION] * told.LINE
+                captions += 1
+            known[name] = (size, digit)
+        assert 1 <= len(known) <= 6
+    assert captions > 4 * 60 and answers > 8 * 2 * 60
+
+
+def test_a_document_has_a_seed_of_its_own_and_held_out_is_what_was_never_told():
+    whole, rest = told.documents("a", "train", 8), told.documents("a", "train", 3, first=5)
+    assert torch.equal(whole.ids[5:], rest.ids) and len(whole.ids.unique(dim=0)) == 8
+    assert not torch.equal(whole.ids, told.documents("b", "train", 8).ids)
+    held = told.documents("a", "held-out", 30)
+    names = {
+        scenes.phrase(language, "bare", c, s): (c, s)
+        for language in told.LANGUAGES
+        for c in scenes.COLOURS
+        for s in scenes.SHAPES
+    }
+    for row in range(30):
+        assert all(scenes.is_held_out(*names[name], int(digit)) for name, _, digit, _ in lines(held, row))
+
+
+def test_kept_documents_are_the_documents(tmp_path):
+    once, again = (told.kept_documents(tmp_path, "test", "train", 5) for _ in range(2))
+    fresh = told.documents("test", "train", 5)
+    assert all(
+        torch.equal(vars(once)[k], vars(fresh)[k]) and torch.equal(vars(again)[k], v) for k, v in vars(once).items()
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_scores_by_hand(read):
+    model = distill.build("mini-maverick", 0).eval()
+    some = read[:9]
+    got = told.scores(model, some)
+    with torch.no_grad():
+        chances = model(some.inputs).double().log_softmax(-1)
+    told_losses, said_losses, answers = [], [], {0: [], 1: []}
+    for row in range(9):
+        for place in range(told.TOKENS - 1):
+            part, target = int(some.part[row, place + 1]), int(some.ids[row, place + 1])
+            loss = -float(chances[row, place, target])
+            if part == told.CAPTION:
+                told_losses.append(loss)
+            elif part >= told.ANSWER:
+                said_losses.append(loss)
+                answers[part - told.ANSWER].append(int(chances[row, place].argmax()) == target)
+    both = answers[0] + answers[1]
+    assert got["captions"]["loss"][0] == pytest.approx(sum(told_losses) / len(told_losses), abs=1e-3)
+    assert got["answers"]["loss"][0] == pytest.approx(sum(said_losses) / len(said_losses), abs=1e-3)
+    assert got["answers"]["asked"] == len(both)
+    assert got["answers"]["right"][0] == pytest.approx(sum(both) / len(both), abs=1e-4)
+    for kind, name in enumerate(told.KINDS):
+        share = sum(answers[kind]) / len(answers[kind])
+        assert got["answers"]["right_by_kind"][name] == pytest.approx(share, abs=1e-4)
+
+
+def test_the_interval_is_that_of_drawing_documents_again():
+    draw = torch.Generator().manual_seed(0)
+    document = torch.randint(40, (400,), generator=draw)
+    values = torch.randn(40, generator=draw)[document] + 0.3 * torch.randn(400, generator=draw)
+    mean, low, high = told.clustered(values, document)
+    again = []
+    for _ in range(2000):
+        picked = torch.randint(40, (40,), generator=draw)
+        rows = torch.cat([(document == d).nonzero()[:, 0] for d in picked])
+        again.append(float(values[rows].mean()))
+    spread = float(torch.tensor(again).std())
+    assert mean == pytest.approx(float(values.mean()), abs=1e-4)
+    assert (high - low) / 2 == pytest.approx(1.96 * spread, rel=0.12)
+    assert (high - low) / 2 > 2 * 1.96 * float(values.std()) / 400**0.5  # as if tokens were independent
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arms
+
+
+def test_students_read_the_same_batches_and_each_document_once_an_epoch():
+    one, two, other = (torch.cat(list(distill.batches(10, 4, 15, seed))) for seed in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    for epoch in one.view(6, 10):
+        assert epoch.sort().values.tolist() == list(range(10))
+    assert not torch.equal(one[:10], one[10:20])
+
+
+def test_the_weights_of_the_arms():
+    sure = torch.tensor([0.2, 0.9])
+    at = {arm: distill.soft_weight(arm, 25, 100, distill.RECIPE, sure) for arm in distill.ARMS[1:]}
+    assert (at["soft"], at["fixed"], at["ramp"]) == (1.0, 0.5, 0.75) and at["confidence"].equal(sure)
+
+
+def test_what_is_kept_says_how_sure_the_teacher_is():
+    teacher = 3 * torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    target = torch.randint(30, (50,), generator=torch.Generator().manual_seed(1))
+    whole, kept = losses.confidence(teacher, target), losses.top_k(teacher, 5)
+    among = (kept.index_TK == target[:, None]).any(1)
+    assert 5 < int(among.sum()) < 45
+    assert torch.allclose(distill.sure(kept, target), whole * among, atol=1e-6)
+
+
+@pytest.fixture
+def lessons(tiny):
+    def make(**changes):
+        job = distill.student_job("soft", 1.0, 0, tiny, **changes)
+        return distill.Lessons(job, distill.pool_of(1.0, tiny)), job
+
+    return make
+
+
+def test_targets_are_those_of_the_documents_asked_for(lessons, tiny):
+    taught, job = lessons(temperature=2.0)
+    rows = torch.tensor([7, 0, 59, 7])
+    read = taught.pool[rows]
+    with torch.no_grad():
+        teacher_TV = taught.teacher(read.inputs)[read.learn]
+    want, got = losses.top_k(teacher_TV, job["top_k"], 2.0), taught.targets(rows)
+    assert got.temperature == 2.0 and len(got.index_TK) == int(read.learn.sum()) == len(read.targets)
+    assert torch.allclose(got.log_prob_TK, want.log_prob_TK, atol=4e-3)
+    assert torch.allclose(got.log_tail_T, want.log_tail_T, atol=4e-3)
+
+
+@pytest.mark.parametrize("arm", distill.ARMS[1:])
+def test_the_loss_of_each_arm(lessons, arm):
+    taught, job = lessons()
+    taught.job = job | {"arm": arm}
+    model, rows = distill.build("mini-maverick", 1), torch.tensor([3, 11])
+    loss, weight = taught.loss(model, rows, 1, 4)
+    read = taught.pool[rows]
+    with torch.no_grad():
+        student, teacher = (m(read.inputs)[read.learn].double() for m in (model, taught.teacher))
+    hard, soft = losses.hard_loss(student, read.targets), losses.soft_loss(student, teacher)
+    w = {"soft": 1.0, "fixed": 0.5, "ramp": 0.75, "confidence": losses.confidence(teacher, read.targets)}[arm]
+    # An untrained teacher is nearly uniform, so what 64 tokens leave out counts.
+    kept = losses.top_k_loss(student, losses.top_k(teacher, 64))
+    assert float(loss.detach()) == pytest.approx(float(losses.mix(hard, kept, w)), rel=2e-3)
+    assert weight == pytest.approx(float(torch.as_tensor(w).mean()), abs=2e-3)
+    everything, _ = lessons(top_k="all")
+    everything.job["arm"] = arm
+    if arm != "confidence":
+        whole, _ = everything.loss(model, rows, 1, 4)
+        assert float(whole.detach()) == pytest.approx(float(losses.mix(hard, soft, w)), rel=1e-4)
+
+
+def test_costs_by_hand(lessons, tiny):
+    taught, _ = lessons()
+    one = training_cost(taught.teacher.config, told.TOKENS - 1, head_tokens=told.TOKENS // 2)
+    training = one.total * tiny["teacher_batch"] * tiny["teacher_steps"]
+    assert taught.cost(500) == {"teacher_passes": one.forward * 60, "teacher_training": training}
+    online, _ = lessons(top_k="all")
+    assert online.cost(500)["teacher_passes"] == one.forward * 500
+    untrained, _ = lessons(teacher="untrained")
+    assert untrained.cost(500)["teacher_training"] == 0
+
+
+def test_every_teacher_is_what_its_name_says(tiny):
+    jobs = {name: distill.teacher_job(name, distill.RECIPE) for name in distill.TEACHERS}
+    full = distill.RECIPE["teacher_steps"]
+    assert jobs["mini-behemoth"]["train_steps"] == full and jobs["untrained"]["train_steps"] == 0
+    assert jobs["under-trained"]["train_steps"] == full // 10 and jobs["of the student's size"]["train_steps"] == full
+    student, behemoth = (distill.build(size, 0) for size in ("mini-maverick", "mini-behemoth"))
+    assert {type(b.feed_forward).__name__ for b in behemoth.layers} == {"MoE"}
+    assert [type(b.feed_forward).__name__ for b in student.layers] == ["FeedForward", "MoE"] * 2
+    assert behemoth.config.text.num_experts == student.config.text.num_experts == 16
+    assert distill.sizes(behemoth)["active"] > 1.5 * distill.sizes(student)["active"]
+    distill.run(distill.teacher_job("untrained", tiny))
+    fresh = distill.build("mini-behemoth", 100)
+    assert torch.equal(distill.load_teacher("untrained", tiny).lm_head.weight, fresh.lm_head.weight)
+    assert not torch.equal(distill.load_teacher("mini-behemoth", tiny).lm_head.weight, fresh.lm_head.weight)
+
+
+def test_a_teacher_that_reads_no_more_reads_the_tenth_only(tiny, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("it reads fresh documents")
+
+    monkeypatch.setattr(distill, "documents", refuse)
+    distill.run(distill.teacher_job("read no more than the student", tiny | {}) | {"quick": True})
+    with pytest.raises(AssertionError, match="fresh"):
+        distill.run(distill.teacher_job("mini-behemoth", tiny) | {"quick": True})
+
+
+def test_the_plan():
+    jobs = distill.plan(distill.RECIPE)
+    assert len({json.dumps(job, sort_keys=True) for job in jobs}) == len(jobs)
+    main = [job for job in jobs if job["arm"] != "teacher" and job["control"] is None]
+    assert sorted((j["arm"], j["data"], j["seed"]) for j in main) == sorted(
+        (arm, data, seed) for arm in distill.ARMS for data in (0.1, 1.0) for seed in range(3)
+    )
+    usual = {"temperature": 1.0, "top_k": 64, "teacher": "mini-behemoth"}
+    assert all(job.items() >= usual.items() for job in main if job["arm"] != "hard")
+    controls = [job for job in jobs if job.get("control")]
+    for job in controls:  # each differs from the soft run on the tenth in what it is called
+        changed = {name for name in usual if job[name] != usual[name]}
+        assert job["arm"] == "soft" and job["data"] == 0.1 and job["seed"] == 0
+        assert (
+            changed
+            == {"top-k": {"top_k"}, "temperature": {"temperature", "top_k"}, "teacher": {"teacher"}}[job["control"]]
+        )
+    trained = []
+    for job in jobs:  # a teacher comes before its pupils
+        if job["arm"] == "teacher":
+            trained.append(job["teacher"])
+        assert job["teacher"] is None or job["teacher"] in trained
+
+
+@pytest.mark.parametrize("arm,top_k", [("hard", None), ("ramp", 64), ("soft", "all")])
+def test_a_short_run_gives_a_whole_row(tiny, arm, top_k):
+    changes = {} if arm == "hard" else {"top_k": top_k}
+    row = distill.run(distill.student_job(arm, 1.0, 0, tiny, **changes) | {"quick": True})
+    assert row["curve"]["steps"] == [0, 2, 4] and len(row["curve"]["answer_loss"]) == 3
+    assert (
+        row["curve"]["soft_weight"] == {"hard": [None, 0, 0], "ramp": [None, 0.875, 0.375], "soft": [None, 1, 1]}[arm]
+    )
+    low, high = row["captions"]["loss"][1:]
+    assert low < row["captions"]["loss"][0] < high < 7.5 and row["total"] > row["active"] > 1e5
+    assert (row["flops"]["teacher_passes"] > 0) == (arm != "hard") and row["flops"]["own"] > 0
+    json.dumps(row)
+
+
+def test_the_same_job_gives_the_same_row(tiny):
+    job = distill.student_job("fixed", 0.1, 1, tiny) | {"quick": True}
+    assert distill.run(job) == distill.run(job)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens for the lab
+
+
+def test_hundredths_give_back_the_chances():
+    logits = 5 * torch.randn(300, generator=torch.Generator().manual_seed(0))
+    back = (-torch.tensor(distill_tokens.hundredths(logits)) / 100).softmax(-1)
+    assert torch.allclose(back, logits.softmax(-1), atol=2e-3)
+    assert max(distill_tokens.hundredths(torch.tensor([0.0, -1e4]))) == 9999
+
+
+def test_sorts_of_tokens():
+    """Four tokens of four: the teacher sure and right, sure and wrong, unsure; the student wrong where it is right."""
+    sure, other, flat = torch.tensor([9.0, 0, 0, 0]), torch.tensor([0, 9.0, 0, 0]), torch.zeros(4)
+    teacher, student = torch.stack([sure, sure, flat, sure]), torch.stack([flat, other, flat, other])
+    target, part = torch.tensor([0, 1, 2, 0]), torch.tensor([told.CAPTION, told.ANSWER, told.CAPTION, told.ANSWER])
+    merit = distill_tokens.sorts(teacher, student, target, part)
+    assert (merit["sure and right"] > 0).tolist() == [True, False, False, True]
+    assert (merit["sure and wrong"] > 0).tolist() == [False, True, False, False]
+    assert int(merit["open"].argmax()) == 2 and float(merit["open"][2]) == pytest.approx(math.log(4), abs=1e-5)
+    assert (merit["the student errs"] > 0).tolist() == [False, False, False, True]
