@@ -113,7 +113,7 @@ def serving(model: str, plan: Plan) -> Serving:
     prompt = prefill_bound(model, plan.dtype, plan.context, plan.gpu)
     bound = 1e6 * (plan.read * prompt.seconds / plan.context + plan.written * together.seconds / plan.batch)
     busy = bound / (plan.reached / 100)  # the bounds are of one card; over n cards a step is n times as short
-    replicas = max(1, math.ceil(busy / (86_400 * gpus)))
+    replicas = math.ceil(busy / (86_400 * gpus))
     dollars = plan.gpu_dollars(86_400 * replicas * gpus)
     return Serving(
         weights, cache, gpus, alone.seconds / gpus, together.tokens_per_second * gpus, busy, replicas,
