@@ -143,6 +143,14 @@ def test_what_does_not_help_is_said_too(runs):
     assert "ramp by step, 0.800" in shown(runs, "hard", 0.1).text
 
 
+def test_a_schedule_that_was_better_before_the_end_is_named(runs):
+    """Hard targets on few documents overfit: then the end alone would flatter all that it is compared with."""
+    later = read_runs([*ROWS, row("fixed", 0.1, 0, 3.0, [0.5, 0.5])])
+    assert "Better before the end than at it: fixed mix 2.000 at step 100." in shown(later, "fixed", 0.1).text
+    assert "fixed mix 25.0% at step 100" in shown(later, "fixed", 0.1, "answer_right").text
+    assert "before the end" not in shown(runs, "ramp").text
+
+
 def test_lines_are_the_means_with_bands_and_hard_only_beside(runs):
     above, below = shown(runs, "confidence").picture.axes
     chosen = [line for line in above.lines if to_hex(line.get_color()) == BLUE]

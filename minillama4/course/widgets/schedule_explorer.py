@@ -148,6 +148,7 @@ def shown(runs: list[Run], arm: str = "ramp", data: float = 1.0, measure: str = 
         f"{soft[0]:.2f} in the first part of training, {soft[-1]:.2f} in the last.",
         f"Held-out, {WORDS[measure]}, after {now.steps[-1]:,} steps: {_spread(now, measure)}"
         + ("." if arm == "hard" else f"; hard only: {_spread(hard, measure)}."),
+        _on_the_way({arm: now, "hard": hard}, measure),
         _compared(gains(runs, arm, data, measure), arm, measure),
         f"Best mean of all schedules here: {NAMES[best]}, {_said(ends[best], measure)}.",
         "Scored along the way on a part of the held-out documents; in brackets, the lowest and the highest seed.",
@@ -160,6 +161,16 @@ def shown(runs: list[Run], arm: str = "ramp", data: float = 1.0, measure: str = 
     _scores(below, runs, arm, data, measure, others)
     alt = f"Above: soft weight over training. Below: {WORDS[measure]}, held-out, over training. {text}"
     return Shown(text, figure, alt.replace("\n", " "))
+
+
+def _on_the_way(bands: dict[str, Band], measure: str) -> str:
+    """Which means were better before the end: there, stopping early would have been worth something."""
+    words = []
+    for arm, seen in bands.items():
+        best = (max if measure == "answer_right" else min)(seen.mean)
+        if best != seen.mean[-1]:
+            words.append(f"{NAMES[arm]} {_said(best, measure)} at step {seen.steps[seen.mean.index(best)]:,}")
+    return f"Better before the end than at it: {', '.join(words)}." if words else ""
 
 
 def _compared(gained: dict[int, float], arm: str, measure: str) -> str:
