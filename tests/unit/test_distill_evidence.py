@@ -8,7 +8,9 @@ import torch
 
 from minillama4 import distill as losses
 from minillama4 import scenes
+from minillama4.course import distill_figures as figures
 from minillama4.course.evidence import distill, distill_tokens, told
+from minillama4.course.widgets.frame import png
 from minillama4.tokenizer import load_tokenizer
 from minillama4.train_cost import training_cost
 
@@ -313,6 +315,84 @@ def test_sorts_of_tokens():
     target, part = torch.tensor([0, 1, 2, 0]), torch.tensor([told.CAPTION, told.ANSWER, told.CAPTION, told.ANSWER])
     merit = distill_tokens.sorts(teacher, student, target, part)
     assert (merit["sure and right"] > 0).tolist() == [True, False, False, True]
-    assert (merit["sure and wrong"] > 0).tolist() == [False, True, False, False]
+    assert int(merit["thought impossible"].argmax()) == 1 and merit["thought impossible"][[0, 3]].tolist() == [0, 0]
     assert int(merit["open"].argmax()) == 2 and float(merit["open"][2]) == pytest.approx(math.log(4), abs=1e-5)
     assert (merit["the student errs"] > 0).tolist() == [False, False, False, True]
+
+
+def test_chosen_tokens_are_of_both_languages_and_of_documents_of_their_own(read):
+    teacher, student = (distill.build(size, 0).eval() for size in ("mini-behemoth", "mini-maverick"))
+    found = distill_tokens.chosen(teacher, student, read, TOKENIZER)
+    assert {token["language"] for token in found} == {"en", "fr"} and len({t["before"] for t in found}) == len(found)
+    texts = [TOKENIZER.decode(ids) for ids in read.ids]
+    for token in found:
+        french = any(word in token["before"] for word in ("petite", "grande"))
+        assert french == (token["language"] == "fr") or len(token["before"].split()) < 3
+        assert any((token["before"] + TOKENIZER.decode([token["true"]]))[-40:] in text for text in texts)
+        assert len(token["teacher"]) == len(token["student"]) == 1024 and min(token["teacher"]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures and tables
+
+
+def made_up():
+    """A whole study whose numbers say which row they are of."""
+    rows = []
+    for job in distill.plan(distill.RECIPE):
+        seed, tenth = job.get("seed", 0), job.get("data") == distill.TENTH
+        right = (
+            0.9 - 0.3 * tenth + 0.02 * distill.ARMS.index(job["arm"]) * (seed + 1) if job["arm"] in distill.ARMS else 1
+        )
+        loss = 1.0 + 0.2 * tenth + 0.01 * seed
+        curve = {"steps": [0, 10, 20], "answer_right": [0, 0.2, right], "caption_loss": [7, 1.5, loss]}
+        curve |= {"answer_loss": [7, 2, 1], "soft_weight": [None, 0, 0]}
+        scores = {"loss": [0.5, 0.4, 0.6], "right": [right, right - 0.01, right + 0.01]}
+        cost = {"own": 2e12, "teacher_passes": 3e12, "teacher_training": 40e12}
+        captions = {"loss": [loss, loss - 0.01, loss + 0.01]}
+        rows.append(job | {"answers": scores, "captions": captions, "curve": curve, "flops": cost})
+    return {"card": {}, "rows": rows[::-1]}
+
+
+def test_intervals_over_seeds_are_student_s():
+    """Three values 1, 2, 3: mean 2, standard deviation 1, and t = 4.303 with two degrees of freedom."""
+    assert figures.interval([3.0, 1.0, 2.0]) == pytest.approx((2.0, 4.303 / 3**0.5))
+    with pytest.raises(ValueError, match="1 values were given"):
+        figures.interval([1.0])
+
+
+def test_what_an_arm_has_over_hard_is_taken_seed_by_seed():
+    """Fixed is 0.04 (seed + 1) above hard: 0.04, 0.08, 0.12."""
+    mean, half = figures.gained(made_up(), "fixed", 0.1, "answer_right")
+    assert (mean, half) == pytest.approx((0.08, 4.303 * 0.04 / 3**0.5))
+    assert figures.gained(made_up(), "fixed", 1.0, "caption_loss") == pytest.approx((0.0, 0.0), abs=1e-12)
+
+
+def test_main_rows_are_those_that_no_control_has_changed():
+    report = made_up()
+    for arm in distill.ARMS:
+        for data in (1.0, 0.1):
+            rows = figures.main_rows(report, arm, data)
+            assert [row["seed"] for row in rows] == [0, 1, 2] and {row["control"] for row in rows} == {None}
+    assert [len(figures.control_rows(report, kind)) for kind in ("top-k", "temperature", "teacher")] == [3, 2, 4]
+
+
+def test_the_table_says_what_the_rows_say():
+    lines = figures.table(made_up()).splitlines()
+    assert len(lines) == 1 + 2 * (1 + len(distill.ARMS))
+    soft = next(line for line in lines[7:] if "soft only" in line)
+    assert "64.0% ± 5.0%" in soft and "+4.0% ± 5.0%" in soft and "1.210 ± 0.025" in soft  # 0.62, 0.64, 0.66
+    assert "over hard" in lines[0] and lines[7].startswith("400 documents")
+
+
+def test_costs_are_shared_by_a_teacher_s_pupils():
+    line = figures.costs(made_up()).splitlines()[1]
+    assert line.split()[-6:] == ["2.0", "3.0", "40.0", "45.0", "2.4", "2.0"]  # 2 + 43, 2 + 0.43, 2
+
+
+@pytest.mark.parametrize("draw", [figures.curves, figures.controls])
+def test_pictures_draw_and_are_told_in_words(draw):
+    shown = draw(made_up())
+    assert len(shown.alt) > 200 and "hard targets only" in shown.alt
+    data, width, height = png(shown.picture)
+    assert len(data) > 10_000 and 850 <= width <= 950 and height > 500

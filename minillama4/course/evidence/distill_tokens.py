@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ...scenes import SIZES, size_word
 from ...tokenizer import Tokenizer, load_tokenizer
 from ...train import write_atomically
 from .distill import RECIPE, RUNS, build, load_teacher, quarter_file, student_job
@@ -30,8 +31,8 @@ def sorts(teacher_TV: Tensor, student_TV: Tensor, target_T: Tensor, part_T: Tens
     caption, answer = part_T == CAPTION, part_T >= ANSWER
     return {
         "sure and right": p_true * (p_true - q_true) * ~wrong,
-        "sure and wrong": p_TV.amax(-1) * wrong * answer,
-        "open": entropy_T * caption,
+        "thought impossible": -p_true.clamp_min(1e-30).log() * wrong,  # held-out combinations never came in training
+        "open": entropy_T * caption * (p_true > 0.05),
         "the student errs": (p_true - q_true) * misled * answer,
         "both are unsure": torch.minimum(entropy_T, torch.tensor(1.0)) * (q_TV.amax(-1) < 0.6) * answer,
     }
@@ -50,8 +51,8 @@ def chosen(teacher, student, read: Documents, tokenizer: Tokenizer) -> list[dict
     )
     target_T, part_T = read.targets, read.part[:, 1:][read.learn]
     row_T, place_T = read.learn.nonzero().unbind(1)
-    texts = [tokenizer.decode(ids) for ids in read.ids]
-    french = torch.tensor(["chiffre" in text for text in texts])[row_T]  # the word is in each caption
+    words = {size_word("fr", size) for size in SIZES}  # one of them is in each French document
+    french = torch.tensor([bool(words & set(tokenizer.decode(ids).split())) for ids in read.ids])[row_T]
     found, used = [], torch.zeros(len(target_T), dtype=torch.bool)
     for sort, merit_T in sorts(teacher_TV, student_TV, target_T, part_T).items():
         for language in LANGUAGES:
