@@ -12,11 +12,14 @@ from transformers.models.mllama.modeling_mllama import MllamaCrossAttentionDecod
 
 from minillama4 import Llama4, generate, scenes
 from minillama4.config import Llama4Config, TextConfig, VisionConfig
-from minillama4.course.evidence import fusion, fusion_cost, fusion_task
+from minillama4.course import fusion_figures
+from minillama4.course.evidence import fusion, fusion_cost, fusion_task, study
 from minillama4.course.evidence.fusion import ALONE, ARMS, BATCH, EYE, FLOPS, LATE, RATES, SWEEP
 from minillama4.course.evidence.fusion_cost import step_flops, trained_names
 from minillama4.course.evidence.fusion_task import KINDS, LANGUAGES, MOST, TILES, Exams, config, held_out
 from minillama4.train_cost import PARTS
+
+STORED = study.load("fusion")
 
 
 @pytest.fixture(scope="module")
@@ -385,3 +388,82 @@ def test_every_arm_reads_another_batch_each_step_but_the_same_for_equal_seeds(ex
 
     assert torch.equal(ids(0, 1), ids(0, 1)) and ids(0, 1).tolist() != ids(0, 2).tolist() != ids(1, 2).tolist()
     assert config("vit").text == config("linear").text and 0 < EYE < 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is stored, and how it is drawn
+
+
+def main_rows(arm):
+    return [row for row in STORED["rows"] if row["arm"] == arm and row["seed"] != 9]
+
+
+def test_every_job_is_stored_once_and_nothing_else():
+    rows = STORED["rows"]
+    jobs = [json.loads(json.dumps(job)) for job in fusion.plan(rows)]
+    assert len(jobs) == len(rows) == 8 + 16 + 6 + 9
+    assert all(sum(row.items() >= job.items() for row in rows) == 1 for job in jobs)
+
+
+def test_arms_have_equal_flops_and_late_ones_say_what_their_parts_cost():
+    for row in STORED["rows"]:
+        assert row["flops"] <= row["curve"]["flops"][-1] < 1.01 * row["flops"] or row["seed"] == 9
+        if row["arm"] in LATE and row["seed"] != 9:
+            parts = [p["curve"]["flops"][-1] for name in ALONE for p in main_rows(name) if p["seed"] == row["seed"]]
+            assert len(parts) == 2 and row["parts_flops"] == sum(parts)
+            text = next(p for p in main_rows("text alone") if p["seed"] == row["seed"])
+            assert row["text_before"] == text["text"]
+        elif row["arm"] in ARMS and row["arm"] not in LATE:
+            assert row["parts_flops"] == 0
+    for row in main_rows("frozen"):
+        assert row["text_after"] == row["text_before"]
+
+
+def test_a_run_at_a_budget_is_read_between_its_points():
+    row = {"parts_flops": 1e12, "curve": {"flops": [1e12, 2e12, 4e12], "all": [0.2, 0.6, 0.8]}}
+    assert [fusion_figures.reached(row, x, False) for x in (0.5, 1, 1.5, 3, 9)] == pytest.approx(
+        [0.1, 0.2, 0.4, 0.7, 0.8]
+    )
+    assert fusion_figures.reached(row, 1, True) is None
+    assert [fusion_figures.reached(row, x, True) for x in (2.5, 5)] == pytest.approx([0.4, 0.8])
+
+
+def test_the_charged_table_takes_the_parts_off_the_budget():
+    table = fusion_figures.equal_flops_table(STORED).splitlines()
+    frozen = {line[:50].strip(): line[50:].split() for line in table[1:]}
+    whole = STORED["card"]["flops"]
+    assert table[0].split()[-4:] == [f"{whole * share / 1e12:.2f}" for share in (0.25, 0.5, 0.75, 1)]
+    for arm in LATE:
+        ends = [row["curve"]["all"][-1] for row in main_rows(arm)]
+        assert frozen[f"{arm}, frozen parts free"][3] == f"{sum(ends) / len(ends):.0%}"
+        assert len(frozen[f"{arm}, frozen parts charged in full"]) == 3  # at a quarter of it, they are still being made
+    late = []
+    for row in main_rows("frozen"):  # by hand: between which points is the whole budget, less the parts?
+        left, curve = whole - row["parts_flops"], row["curve"]
+        after = next(i for i, flops in enumerate(curve["flops"]) if flops >= left)
+        (x1, x2), (y1, y2) = curve["flops"][after - 1 : after + 1], curve["all"][after - 1 : after + 1]
+        late.append(y1 + (y2 - y1) * (left - x1) / (x2 - x1))
+    assert frozen["frozen, frozen parts charged in full"][2] == f"{sum(late) / 3:.0%}"
+
+
+def test_the_pictures_say_what_the_rows_say():
+    shown = fusion_figures.accuracy_by_flops(STORED)
+    joint = main_rows("joint")
+    end = sum(row["curve"]["all"][-1] for row in joint) / 3
+    assert "frozen parts free, joint: " in shown.alt and f"to {end:.0%} at 4.5" in shown.alt
+    left, right = shown.picture.axes
+    for axes, shift in ((left, 0), (right, 1)):
+        line = next(line for line in axes.lines if line.get_label() == "frozen")
+        rows = main_rows("frozen")
+        wanted = [sum(row["curve"]["flops"][-1] + shift * row["parts_flops"] for row in rows) / 3e12]
+        assert line.get_xdata()[-1] == pytest.approx(wanted[0])
+    forgot = fusion_figures.forgetting_of_text(STORED)
+    row = main_rows("unfrozen")[0]
+    line = next(line for line in forgot.text.splitlines() if line.startswith("unfrozen   "))
+    assert line.split()[1:] == [f"{row['text_before']['loss']:.3f}", f"{row['text_after']['loss']:.3f}",
+                                f"{row['text_before']['all']:.0%}", f"{row['text_after']['all']:.0%}"]  # fmt: skip
+    drawn = next(line for line in forgot.picture.axes[0].lines if line.get_label() == "unfrozen")
+    assert drawn.get_ydata()[0] == row["text_before"]["loss"] and len(drawn.get_xdata()) == 9
+    kinds = fusion_figures.by_kind_and_language(STORED)
+    shares = sorted({f"{row['pictures_right']['place, hi']:.0%}" for row in joint}, key=lambda s: int(s[:-1]))
+    assert f"{shares[0]}-{shares[-1]}" in next(line for line in kinds.splitlines() if line.startswith("joint"))
