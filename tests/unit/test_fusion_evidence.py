@@ -467,3 +467,38 @@ def test_the_pictures_say_what_the_rows_say():
     kinds = fusion_figures.by_kind_and_language(STORED)
     shares = sorted({f"{row['pictures_right']['place, hi']:.0%}" for row in joint}, key=lambda s: int(s[:-1]))
     assert f"{shares[0]}-{shares[-1]}" in next(line for line in kinds.splitlines() if line.startswith("joint"))
+
+
+def test_what_the_study_found():
+    """Each finding, from the rows alone."""
+
+    def ends(arm, value="all", of="pictures_right"):
+        return [row[of][value] for row in main_rows(arm)]
+
+    def mean_at(arm, flops):  # between points, of runs that are charged nothing
+        return sum(fusion_figures.reached(row, flops, False) for row in main_rows(arm)) / len(main_rows(arm))
+
+    # Joint training beats a projector between frozen parts, in every seed, and by far.
+    assert min(ends("joint")) > max(ends("frozen")) + 0.2 and max(ends("frozen")) < 0.5
+    assert all(
+        guess < share for guess, share in zip([STORED["card"]["guessed"]["all"]] * 3, ends("frozen"), strict=True)
+    )
+    # Early on it is the other way round if the parts are free: in every seed, at an eighth of the budget.
+    early = {arm: [row["curve"]["all"][0] for row in main_rows(arm)] for arm in ("joint", "frozen")}
+    assert min(early["frozen"]) > max(early["joint"]) + 0.1
+    # An unfrozen language model on free parts ends above all seeds of joint, and on charged parts in their midst.
+    joint = [row["curve"]["all"][-1] for row in main_rows("joint")]
+    for arm in LATE[1:]:
+        assert ends(arm)[0] > max(ends("joint"))
+        row = main_rows(arm)[0]
+        charged = fusion_figures.reached(row, STORED["card"]["flops"] / 1e12, True)
+        assert min(joint) < charged < max(joint)
+    # The encoder-free form is behind a ViT at all points past the first, with four times the tokens.
+    assert all(mean_at("encoder-free", flops) < mean_at("joint", flops) - 0.1 for flops in (1.125, 2.25, 3.375, 4.5))
+    # Text: forgotten without text, kept and improved with a quarter of it; joint training did not lose it either.
+    forgot, kept = main_rows("unfrozen")[0], main_rows("unfrozen, with text")[0]
+    assert forgot["text_after"]["loss"] > 4 * forgot["text_before"]["loss"]
+    assert kept["text_after"]["loss"] < 0.7 * kept["text_before"]["loss"]
+    alone = [row["text"]["loss"] for row in main_rows("text alone")]
+    assert max(ends("joint", "loss", "text_after")) < min(alone)
+    assert sum(row["texts"] for row in main_rows("joint")) < 0.7 * sum(row["texts"] for row in main_rows("text alone"))
