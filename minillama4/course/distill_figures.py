@@ -1,8 +1,10 @@
-"""The pictures and tables of lesson 04's study, drawn on private figures, each with its words (alt text)."""
+"""The pictures and tables of lesson 04 and its study, drawn on private figures, each with its words (alt text)."""
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..distill import soft_loss
 from .evidence.distill import ARMS, RECIPE, TENTH, plan
 from .widgets.frame import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, Shown
 
@@ -164,3 +166,28 @@ def controls(report: dict) -> Shown:
 
 def _by_k(rows: list[dict]) -> list[dict]:
     return sorted(rows, key=lambda row: float("inf") if row["top_k"] == "all" else row["top_k"])
+
+
+def two_humps() -> Shown:
+    """The best student of one hump for a teacher of two, once by forward and once by reverse KL.
+
+    The student's logits are a parabola over 41 places: it has a centre and a width, and all of these are tried.
+    """
+    place = torch.linspace(-5, 5, 41)
+    humps = torch.stack([-((place - 2.5) ** 2), -((place + 2.5) ** 2) - 0.4])  # the left one is a little lower
+    teacher_V = torch.logsumexp(humps, 0)
+    centre, width = (each.flatten() for each in torch.meshgrid(place, torch.linspace(0.5, 6, 56), indexing="ij"))
+    students = -(((place - centre[:, None]) / width[:, None]) ** 2)  # [students, 41]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    axes, words = figure.subplots(), []
+    axes.bar(place, teacher_V.softmax(-1), 0.25, color="lightgrey", label="teacher")
+    for name, reverse, colour, style in (("forward KL", False, BLUE, "o-"), ("reverse KL", True, ORANGE, "s-")):
+        q = students[soft_loss(students, teacher_V.expand_as(students), reverse=reverse).argmin()].softmax(-1)
+        mean = float((q * place).sum())
+        spread = float((q * (place - mean) ** 2).sum().sqrt())
+        axes.plot(place, q, style, color=colour, markersize=3, label=f"student, {name}")
+        words.append(f"{name}: centre {mean:.1f}, standard deviation {spread:.1f}")
+    axes.set(xlabel="words, in some order", ylabel="probability", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    alt = "A teacher with two humps, and the best student with one. " + "; ".join(words) + "."
+    return Shown("\n".join(words), figure, alt)
