@@ -49,8 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     bench = commands.add_parser("bench", help="measure speed beside transformers, with equal results")
-    bench.add_argument("what", choices=["cpu", "long"], help="cpu: ratios; long: memory of a 1M-token prompt")
-    bench.add_argument("--json", metavar="FILE", help="write the result there too")
+    bench.add_argument(
+        "what",
+        choices=["cpu", "long", "gpu"],
+        help="cpu: ratios; long: memory of a 1M-token prompt; gpu: Scout in int4",
+    )
+    bench.add_argument("--json", "--out", metavar="FILE", help="write the result there too")
     bench.add_argument("--rounds", type=_positive, help="timed rounds of each case")
     bench.add_argument("--quick", action="store_true", help="small sizes: a check that it runs, not a measurement")
     bench.set_defaults(run=_bench)
@@ -146,6 +150,12 @@ def _train(options) -> int:
 
 
 def _bench(options) -> int:
+    if options.what == "gpu":
+        if options.rounds or options.quick:
+            raise ValueError("bench gpu has one size and takes 8 minutes; --rounds and --quick are for cpu and long")
+        from .bench_gpu import bench_gpu_command
+
+        return bench_gpu_command(options.json)
     from .bench import bench_command
 
     return bench_command(options.what, options.json, options.rounds, options.quick)
