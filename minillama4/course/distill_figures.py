@@ -180,12 +180,12 @@ def two_humps() -> Shown:
     students = -(((place - centre[:, None]) / width[:, None]) ** 2)  # [students, 41]
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes, words = figure.subplots(), []
-    axes.bar(place, teacher_V.softmax(-1), 0.25, color="lightgrey", label="teacher")
+    axes.bar(place.tolist(), teacher_V.softmax(-1).tolist(), 0.25, color="lightgrey", label="teacher")
     for name, reverse, colour, style in (("forward KL", False, BLUE, "o-"), ("reverse KL", True, ORANGE, "s-")):
         q = students[soft_loss(students, teacher_V.expand_as(students), reverse=reverse).argmin()].softmax(-1)
         mean = float((q * place).sum())
         spread = float((q * (place - mean) ** 2).sum().sqrt())
-        axes.plot(place, q, style, color=colour, markersize=3, label=f"student, {name}")
+        axes.plot(place.tolist(), q.tolist(), style, color=colour, markersize=3, label=f"student, {name}")
         words.append(f"{name}: centre {mean:.1f}, standard deviation {spread:.1f}")
     axes.set(xlabel="words, in some order", ylabel="probability", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)

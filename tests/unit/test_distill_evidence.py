@@ -396,3 +396,14 @@ def test_pictures_draw_and_are_told_in_words(draw):
     assert len(shown.alt) > 200 and "hard targets only" in shown.alt
     data, width, height = png(shown.picture)
     assert len(data) > 10_000 and 850 <= width <= 950 and height > 500
+
+
+def test_one_hump_covers_both_by_forward_kl_and_takes_one_by_reverse():
+    """By hand: a hump that matches mean and spread of the whole, or the higher hump alone (spread 1 / sqrt 2)."""
+    shown = figures.two_humps()
+    right = 1 / (1 + math.exp(-0.4))  # share of the right hump
+    mean = 2.5 * (2 * right - 1)
+    spread = (0.5 + 2.5**2 - mean**2) ** 0.5
+    assert shown.text.splitlines()[1] == f"reverse KL: centre 2.5, standard deviation {0.5**0.5:.1f}"
+    centre, width = (float(word.strip(",")) for word in shown.text.splitlines()[0].split()[3::3])
+    assert abs(centre - mean) < 0.2 and abs(width - spread) < 0.2
