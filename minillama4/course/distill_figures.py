@@ -23,6 +23,12 @@ NAMES = {  # as the lesson calls the arms
     "confidence": "by confidence",
 }
 DATA = {1.0: f"{RECIPE['pool']:,} documents", TENTH: f"{round(TENTH * RECIPE['pool']):,} documents"}
+SHORT = {  # of teachers, where there is little room
+    "mini-behemoth": "mini-\nbehemoth",
+    "under-trained": "under-\ntrained",
+    "of the student's size": "student's\nsize",
+    "read no more than the student": "same 400\ndocuments",
+}
 MEASURES = {"answer_right": "answers right", "caption_loss": "loss on captions (nats)"}
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # of Student, two-sided 95 %, by number of values
 
@@ -141,8 +147,8 @@ def controls(report: dict) -> Shown:
         + [(f"{row['temperature']:g}", row) for row in control_rows(report, "temperature")],
         "teacher": [("mini-behemoth", soft), *((row["teacher"], row) for row in control_rows(report, "teacher"))],
     }
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
-    grid = figure.subplots(2, 3, sharey="row", width_ratios=[len(rows) for rows in groups.values()])
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    grid = figure.subplots(2, 3, sharex="col", sharey="row", width_ratios=[len(rows) for rows in groups.values()])
     words = []
     for column, (title, rows) in enumerate(groups.items()):
         for axes, (part, score) in zip(grid[:, column], (("answers", "right"), ("captions", "loss")), strict=True):
@@ -151,14 +157,14 @@ def controls(report: dict) -> Shown:
                       [high - m for m, high in zip(means, highs, strict=True)]]  # fmt: skip
             axes.bar(range(len(rows)), means, yerr=spread, color=BLUE, width=0.6, capsize=3)
             axes.axhline(hard[part][score][0], color=RED, linestyle="--", label="hard targets only")
-            axes.set_xticks(range(len(rows)), [name.replace(" ", "\n") for name, _ in rows], fontsize=8)
+            axes.set_xticks(range(len(rows)), [SHORT.get(name, name) for name, _ in rows], fontsize=8)
         grid[0, column].set(title=title, ylim=(0, 1))
         grid[0, column].yaxis.set_major_formatter(PercentFormatter(1.0))
         scores = [f"{name} {r['answers']['right'][0]:.0%} and {r['captions']['loss'][0]:.2f}" for name, r in rows]
         words.append(f"{title}: " + ", ".join(scores))
     grid[0, 0].set(ylabel="answers right")
     grid[1, 0].set(ylabel="loss on captions (nats)")
-    grid[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", frameon=False)
     alone = f"{hard['answers']['right'][0]:.0%} and {hard['captions']['loss'][0]:.2f}"
     alt = "Bars of the share of answers that are right, and of the loss on captions. " + "; ".join(words)
     return Shown("; ".join(words), figure, f"{alt}. A dashed line: hard targets only, {alone}.")
