@@ -480,9 +480,7 @@ def test_what_the_study_found():
 
     # Joint training beats a projector between frozen parts, in every seed, and by far.
     assert min(ends("joint")) > max(ends("frozen")) + 0.2 and max(ends("frozen")) < 0.5
-    assert all(
-        guess < share for guess, share in zip([STORED["card"]["guessed"]["all"]] * 3, ends("frozen"), strict=True)
-    )
+    assert min(ends("frozen")) > STORED["card"]["guessed"]["all"] + 0.1
     # Early on it is the other way round if the parts are free: in every seed, at an eighth of the budget.
     early = {arm: [row["curve"]["all"][0] for row in main_rows(arm)] for arm in ("joint", "frozen")}
     assert min(early["frozen"]) > max(early["joint"]) + 0.1
