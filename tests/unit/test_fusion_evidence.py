@@ -1,6 +1,7 @@
 """Lesson 01's study: its questions, its count of FLOPs, what each arm trains, its plan; and what it stored."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -211,6 +212,8 @@ def test_cross_attention_has_the_parameters_and_products_of_transformers_layers(
     paper = fusion_cost.cross_attention(tiny, tokens, tiles)
     assert paper["layers"] == 2 and paper["parameters"] == 2 * sum(p.numel() for p in layer.parameters())
 
+    deep = replace(tiny, text=replace(text, num_layers=32))  # as 3.2 11B: 8 beside 32
+    assert fusion_cost.cross_attention(deep, tokens, tiles)["layers"] == 8
     model, ids = Llama4(tiny), torch.full((1, tokens - image), 5)  # the rest: our decoder without image tokens
     with FlopCounterMode(display=False) as ours, torch.no_grad():
         model.encode_images(torch.randn(tiles, 3, 24, 24))
