@@ -3,6 +3,7 @@
 import os
 
 import torch
+import triton_interpreter  # noqa: F401 - first: what imports Triton first decides how its kernels run
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
