@@ -9,11 +9,12 @@ import torch
 from minillama4 import distill as losses
 from minillama4 import scenes
 from minillama4.course import distill_figures as figures
-from minillama4.course.evidence import distill, distill_tokens, told
+from minillama4.course.evidence import distill, distill_tokens, study, told
 from minillama4.course.widgets.frame import png
 from minillama4.tokenizer import load_tokenizer
 from minillama4.train_cost import training_cost
 
+STORED = study.load("distill")
 TOKENIZER = load_tokenizer("mini-scout")
 TINY = distill.QUICK | {
     "pool": 60,
@@ -224,8 +225,8 @@ def test_costs_by_hand(lessons, tiny):
     assert taught.cost(500) == {"teacher_passes": one.forward * 60, "teacher_training": training}
     online, _ = lessons(top_k="all")
     assert online.cost(500)["teacher_passes"] == one.forward * 500
-    untrained, _ = lessons(teacher="untrained")
-    assert untrained.cost(500)["teacher_training"] == 0
+    online.job = online.job | {"teacher": "untrained"}
+    assert online.cost(500)["teacher_training"] == 0
 
 
 def test_every_teacher_is_what_its_name_says(tiny):
@@ -407,3 +408,64 @@ def test_one_hump_covers_both_by_forward_kl_and_takes_one_by_reverse():
     assert shown.text.splitlines()[1] == f"reverse KL: centre 2.5, standard deviation {0.5**0.5:.1f}"
     centre, width = (float(word.strip(",")) for word in shown.text.splitlines()[0].split()[3::3])
     assert abs(centre - mean) < 0.2 and abs(width - spread) < 0.2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is stored
+
+
+def test_every_run_of_the_plan_is_stored_once():
+    jobs, rows = distill.plan(distill.RECIPE), STORED["rows"]
+    assert len(rows) == len(jobs) == 44
+    for job in jobs:
+        assert sum(row.items() >= job.items() for row in rows) == 1, job
+    assert all(STORED["card"][name] == value for name, value in distill.RECIPE.items())
+    assert STORED["card"]["core_minutes"] < 100
+
+
+def test_what_the_study_found():
+    """Each claim from the rows alone; an interval that holds 0 claims nothing."""
+
+    def gained(arm, data, measure):
+        mean, half = figures.gained(STORED, arm, data, measure)
+        return round(mean, 3), round(half, 3)
+
+    def control(kind, name, value):
+        return next(row for row in figures.control_rows(STORED, kind) if row[name] == value)
+
+    def scores(row):
+        return row["answers"]["right"][0], row["captions"]["loss"][0]
+
+    # On a tenth, soft targets give what ten times the text gives; every arm with hard ones overfits captions.
+    right, loss = ({a: figures.interval([figures.value(r, m) for r in figures.main_rows(STORED, a, 0.1)])[0]
+                    for a in distill.ARMS} for m in ("answer_right", "caption_loss"))  # fmt: skip
+    assert gained("soft", 0.1, "answer_right") == (0.335, 0.143) and gained("soft", 0.1, "caption_loss") == (
+        -1.51,
+        0.015,
+    )
+    assert [round(right[arm], 2) for arm in distill.ARMS] == [0.65, 0.98, 0.91, 0.90, 0.73]
+    assert [round(loss[arm], 2) for arm in distill.ARMS] == [2.52, 1.01, 1.17, 1.56, 1.55]
+    # On all data answers gain nothing that three seeds can show; captions gain a little.
+    for arm in distill.ARMS[1:]:
+        mean, half = gained(arm, 1.0, "answer_right")
+        assert abs(mean) < half
+    assert gained("soft", 1.0, "caption_loss") == (-0.068, 0.013)
+    # Confidence claims nothing on the tenth's answers either.
+    mean, half = gained("confidence", 0.1, "answer_right")
+    assert 0 < mean < half
+    # The teacher: what it has read decides, not its size; a pupil of soft targets alone gets what its teacher has.
+    hard = scores(figures.main_rows(STORED, "hard", 0.1)[0])
+    confined, small, weak, none = (
+        scores(control("teacher", "teacher", name))
+        for name in ("read no more than the student", "of the student's size", "under-trained", "untrained")
+    )
+    assert abs(confined[0] - hard[0]) < 0.03 and abs(confined[1] - hard[1]) < 0.03
+    assert small[0] > 0.98 and small[1] < 1.02
+    assert weak[0] < hard[0] - 0.1 and abs(weak[0] - 0.548) < 0.01 and none[0] == 0
+    # k = 1 is best where one token is right, and loses where many may come; k = 8 has all.
+    one, eight = (scores(control("top-k", "top_k", k)) for k in (1, 8))
+    assert one[0] > eight[0] and one[1] > eight[1] + 0.08 and eight[1] < 1.01
+    # The curve: hard targets' loss on captions is best early, before answers are found.
+    for row in figures.main_rows(STORED, "hard", 0.1):
+        best = min(range(1, 9), key=row["curve"]["caption_loss"].__getitem__)
+        assert row["curve"]["caption_loss"][best] < 1.12 and row["curve"]["answer_right"][best] < 0.55
