@@ -184,7 +184,13 @@ def lessons(tiny):
     return make
 
 
+def test_the_tenth_is_a_tenth_of_the_pool(tiny):
+    whole, tenth = distill.pool_of(1.0, tiny), distill.pool_of(distill.TENTH, tiny)
+    assert len(whole) == 60 and torch.equal(tenth.ids, whole.ids[:6])
+
+
 def test_targets_are_those_of_the_documents_asked_for(lessons, tiny):
+    lessons()  # targets at another temperature lie in the same folder
     taught, job = lessons(temperature=2.0)
     rows = torch.tensor([7, 0, 59, 7])
     read = taught.pool[rows]
@@ -310,22 +316,27 @@ def test_hundredths_give_back_the_chances():
 
 
 def test_sorts_of_tokens():
-    """Four tokens of four: the teacher sure and right, sure and wrong, unsure; the student wrong where it is right."""
+    """Five tokens: the teacher is sure and right, sure and wrong, unsure, right alone, unsure with the student."""
     sure, other, flat = torch.tensor([9.0, 0, 0, 0]), torch.tensor([0, 9.0, 0, 0]), torch.zeros(4)
-    teacher, student = torch.stack([sure, sure, flat, sure]), torch.stack([flat, other, flat, other])
-    target, part = torch.tensor([0, 1, 2, 0]), torch.tensor([told.CAPTION, told.ANSWER, told.CAPTION, told.ANSWER])
+    teacher, student = torch.stack([sure, sure, flat, sure, flat]), torch.stack([flat, other, flat, other, flat])
+    target = torch.tensor([0, 1, 2, 0, 3])
+    part = torch.tensor([told.CAPTION, told.ANSWER, told.CAPTION, told.ANSWER, told.ANSWER])
     merit = distill_tokens.sorts(teacher, student, target, part)
-    assert (merit["sure and right"] > 0).tolist() == [True, False, False, True]
+    assert (merit["sure and right"] > 0).tolist() == [True, False, False, True, False]
     assert int(merit["thought impossible"].argmax()) == 1 and merit["thought impossible"][[0, 3]].tolist() == [0, 0]
     assert int(merit["open"].argmax()) == 2 and float(merit["open"][2]) == pytest.approx(math.log(4), abs=1e-5)
-    assert (merit["the student errs"] > 0).tolist() == [False, False, False, True]
+    assert (merit["the student errs"] > 0).tolist() == [False, False, False, True, False]
+    assert int(merit["both are unsure"].argmax()) == 4 and float(merit["both are unsure"][4]) == 1.0
 
 
 def test_chosen_tokens_are_of_both_languages_and_of_documents_of_their_own(read):
     teacher, student = (distill.build(size, 0).eval() for size in ("mini-behemoth", "mini-maverick"))
+    read = read[:9]  # so few that the best tokens of two sorts lie in one document
     found = distill_tokens.chosen(teacher, student, read, TOKENIZER)
     assert {token["language"] for token in found} == {"en", "fr"} and len({t["before"] for t in found}) == len(found)
     texts = [TOKENIZER.decode(ids) for ids in read.ids]
+    sources = [next(i for i, text in enumerate(texts) if token["before"] in text) for token in found]
+    assert len(set(sources)) == len(found) > 3
     for token in found:
         french = any(word in token["before"] for word in ("petite", "grande"))
         assert french == (token["language"] == "fr") or len(token["before"].split()) < 3
