@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="ask mini-scout about three bundled pictures")
     demo.set_defaults(run=_demo)
 
-    train = commands.add_parser("train", help="train a mini model from nothing, or go on with a stopped run")
+    train = commands.add_parser("train", help="train a mini model, or go on with a stopped run")
     train.add_argument("preset", help="mini-scout or mini-maverick")
     train.add_argument("--out", help="folder of the run (default: runs/PRESET)")
     train.add_argument("--steps", type=_positive, help="training steps (default: the recipe's)")

@@ -201,6 +201,32 @@ def codistill(
     return losses
 
 
+@torch.no_grad()
+def inherit(student: Llama4, teacher: Llama4) -> list[str]:
+    """Copy into the student every tensor that the teacher has by the same name and shape; the names of what was copied.
+
+    Where QK norm scales the teacher's queries and keys and not the student's, the copied projections are divided, head
+    by head, by the RMS that they give to inputs of RMS 1: else every attention would start many times too sharp.
+    """
+    given, copied = dict(teacher.named_parameters()), []
+    for name, parameter in student.named_parameters():
+        if name in given and given[name].shape == parameter.shape:
+            parameter.copy_(given[name])
+            copied.append(name)
+    text = student.config.text
+    if not teacher.config.text.qk_norm or text.qk_norm:
+        return copied
+    for layer, block in enumerate(student.layers):
+        for projection in () if text.is_nope(layer) else ("q_proj", "k_proj"):
+            name = f"layers.{layer}.self_attn.{projection}.weight"
+            if name in copied:
+                weight = getattr(block.self_attn, projection).weight  # [heads * dim, hidden]
+                heads = weight.unflatten(0, (-1, text.head_dim))  # [heads, dim, hidden], a view
+                seen = heads * block.input_layernorm.weight
+                heads /= seen.square().sum(-1).mean(-1).sqrt()[:, None, None]
+    return copied
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) over the last axis; an outcome that p gives 0 adds 0, whatever q gives it."""
     p = log_p.exp()

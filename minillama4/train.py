@@ -1,4 +1,4 @@
-"""Train a mini model from nothing on rendered scenes: `minillama4 train mini-scout`.
+"""Train a mini model on rendered scenes: mini-scout from nothing, mini-maverick with mini-scout as its teacher.
 
 Muon and AdamW, fp32. Batch i depends on the seed and i alone, so a run that was killed goes on from its last
 save exactly as if nothing had happened. The router learns through the score that scales each expert's input; load is
@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from .checkpoint import load_checkpoint
 from .config import Llama4Config
+from .distill import hard_loss, inherit, soft_loss
 from .documents import PHASES, Batch, Writer
 from .model import Llama4
 from .muon import Muon
@@ -56,6 +58,8 @@ class Recipe:
     curriculum: int = 1800  # steps after that, in which scenes grow from one object to six
     seed: int = 0
     workers: int = 2  # processes that share a batch; part of the recipe, because each draws its own documents
+    teacher: str = ""  # a preset that ships weights: the student starts from what both have, and learns from its words
+    soft: float = 0.0  # weight of the teacher's probabilities, against 1 - soft of the text's own tokens
 
     def rate(self, step: int) -> float:
         """Learning rate at `step`, as a share of its peak."""
@@ -91,7 +95,7 @@ def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
 
 @dataclass
 class Losses:
-    words: Tensor  # mean cross-entropy of the assistant's words
+    words: Tensor  # mean cross-entropy of the assistant's words, with a teacher partly against its probabilities
     labels: Tensor  # and of the picture's labels
     balance: Tensor  # mean over the MoE layers
     volume: Tensor  # mean of -log(score) over all tokens and MoE layers
@@ -103,7 +107,9 @@ class Losses:
         return self.words + recipe.label * self.labels + recipe.point * self.points + routing
 
 
-def loss_of(model: Llama4, batch: Batch, point: bool = False) -> Losses:
+def loss_of(
+    model: Llama4, batch: Batch, point: bool = False, teacher: Llama4 | None = None, soft: float = 0.0
+) -> Losses:
     """All parts of a text batch's loss, not yet weighted."""
     pictures = []  # [tiles, tokens_per_tile, hidden], as the projector hands them to the text side
     projector = model.multi_modal_projector["linear_1"]
@@ -112,8 +118,13 @@ def loss_of(model: Llama4, batch: Batch, point: bool = False) -> Losses:
     with hook, trace(model, attention=look, router=True) as seen:
         hidden = model.hidden_states(batch.ids, batch.pixels)
     learn = batch.weights > 0  # the head runs only where there is something to learn
-    words = F.cross_entropy(model.lm_head(hidden[learn]), batch.targets[learn], reduction="none")
-    words = (words * batch.weights[learn]).sum() / batch.weights[learn].sum()
+    student_TV = model.lm_head(hidden[learn])
+    words_T = hard_loss(student_TV, batch.targets[learn])
+    if teacher is not None:
+        with torch.no_grad():
+            teacher_TV = teacher.lm_head(teacher.hidden_states(batch.ids, batch.pixels)[learn])
+        words_T = (1 - soft) * words_T + soft * soft_loss(student_TV, teacher_TV)
+    words = (words_T * batch.weights[learn]).sum() / batch.weights[learn].sum()
     labels = label_loss(model, pictures[0], batch.labels) if len(batch.labels) else hidden.new_zeros(())
     balance = torch.stack([balance_loss(routes.logits) for routes in seen.router.values()]).mean()
     volume = torch.stack([-F.logsigmoid(r.logits.amax(-1)).mean() for r in seen.router.values()]).mean()
@@ -196,6 +207,9 @@ def _work(team: "Team", config, tokenizer_folder, recipe: Recipe, folder: Path, 
     writer = Writer(config, load_tokenizer(tokenizer_folder))
     model = Llama4(config)
     model.reset_parameters(generator=torch.Generator().manual_seed(recipe.seed))
+    teacher = load_checkpoint(recipe.teacher) if recipe.teacher else None
+    if teacher is not None:
+        inherit(model, teacher)
     optimizers = make_optimizers(model, recipe, team)
     state = folder / "state.safetensors"
     step, seconds, history = load_state(state, model, optimizers, recipe) if state.exists() else (0, 0.0, [])
@@ -210,7 +224,7 @@ def _work(team: "Team", config, tokenizer_folder, recipe: Recipe, folder: Path, 
                 labels = label_loss(model, model.encode_images(batch.pixels), batch.labels)
                 losses = Losses(no_loss, labels, no_loss, no_loss, no_loss)
             else:
-                losses = loss_of(model, batch, step < recipe.eye + recipe.curriculum)
+                losses = loss_of(model, batch, step < recipe.eye + recipe.curriculum, teacher, recipe.soft)
             losses.weighted(recipe, step).backward()
             team.average_gradients(model)
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
