@@ -218,7 +218,8 @@ def _ends(axes: Axes, every: dict[str, dict[str, Fit]], context: int):
         axes.plot([longest[way][row] for row in rows], rows, linestyle="", label=label, **look)
     for row, (chunk, full) in enumerate(zip(*longest.values(), strict=True)):
         if chunk:
-            axes.annotate(f"{chunk:,}", (chunk, row), (8, 0), textcoords="offset points", va="center", size="small")
+            axes.annotate(f"{chunk:,}", (chunk, row), (8, 0), textcoords="offset points", va="center", size="small",
+                          bbox=dict(color="white", pad=0.5))  # fmt: skip
         else:
             axes.text(4, row, "fits at no context", va="center", fontsize="small", color="#404040")
         if 0 < full < chunk:
