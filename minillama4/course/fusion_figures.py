@@ -60,12 +60,11 @@ def accuracy_by_flops(report: dict) -> Shown:
 
 
 def reached(row: dict, flops: float, charged: bool) -> float | None:
-    """Accuracy of a run when it had spent so many TFLOPs, on a line between its points; None before it began."""
+    """Accuracy of a run when it had spent so many TFLOPs, on a line between its points; None before the first."""
     spent, right = _spent(row, charged), row["curve"]["all"]
-    start = row["parts_flops"] / 1e12 if charged else 0.0
-    if flops <= start:
+    if flops < spent[0]:
         return None
-    points = [(start, 0.0), *zip(spent, right, strict=True)]
+    points = list(zip(spent, right, strict=True))
     for (x1, y1), (x2, y2) in zip(points, points[1:], strict=False):
         if flops <= x2:
             return y1 + (y2 - y1) * (flops - x1) / (x2 - x1)
