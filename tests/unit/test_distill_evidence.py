@@ -195,7 +195,7 @@ def test_targets_are_those_of_the_documents_asked_for(lessons, tiny):
     rows = torch.tensor([7, 0, 59, 7])
     read = taught.pool[rows]
     with torch.no_grad():
-        teacher_TV = taught.teacher(read.inputs)[read.learn]
+        teacher_TV = distill.load_teacher("mini-behemoth", tiny)(read.inputs)[read.learn]
     want, got = losses.top_k(teacher_TV, job["top_k"], 2.0), taught.targets(rows)
     assert got.temperature == 2.0 and len(got.index_TK) == int(read.learn.sum()) == len(read.targets)
     assert torch.allclose(got.log_prob_TK, want.log_prob_TK, atol=4e-3)
@@ -203,14 +203,16 @@ def test_targets_are_those_of_the_documents_asked_for(lessons, tiny):
 
 
 @pytest.mark.parametrize("arm", distill.ARMS[1:])
-def test_the_loss_of_each_arm(lessons, arm):
+def test_the_loss_of_each_arm(lessons, tiny, arm):
     taught, job = lessons()
     taught.job = job | {"arm": arm}
     model, rows = distill.build("mini-maverick", 1), torch.tensor([3, 11])
     loss, weight = taught.loss(model, rows, 1, 4)
     read = taught.pool[rows]
     with torch.no_grad():
-        student, teacher = (m(read.inputs)[read.learn].double() for m in (model, taught.teacher))
+        student, teacher = (
+            m(read.inputs)[read.learn].double() for m in (model, distill.load_teacher("mini-behemoth", tiny))
+        )
     hard, soft = losses.hard_loss(student, read.targets), losses.soft_loss(student, teacher)
     w = {"soft": 1.0, "fixed": 0.5, "ramp": 0.75, "confidence": losses.confidence(teacher, read.targets)}[arm]
     # An untrained teacher is nearly uniform, so what 64 tokens leave out counts.
@@ -224,9 +226,24 @@ def test_the_loss_of_each_arm(lessons, arm):
         assert float(whole.detach()) == pytest.approx(float(losses.mix(hard, soft, w)), rel=1e-4)
 
 
+def test_the_targets_that_ship_are_those_of_the_tenth_and_need_no_teacher(tiny, monkeypatch):
+    monkeypatch.setattr(distill, "load_teacher", lambda *_: pytest.fail("a teacher was asked for"))
+    pool = told.documents("pool", "train", 400)
+    taught = distill.Lessons(distill.student_job("soft", distill.TENTH, 0, distill.RECIPE, top_k=8), pool)
+    index_TK, log_prob_TK, log_tail_T, _ = taught.kept
+    assert len(index_TK) == int(pool.learn.sum()) and index_TK.shape[1] == 8
+    assert torch.allclose(log_prob_TK.exp().sum(1) + log_tail_T.exp(), torch.ones(len(index_TK)), atol=1e-5)
+    right, shifted = (
+        float(distill.sure(taught.kept, target).mean()) for target in (pool.targets, pool.targets.roll(1))
+    )
+    assert right > 0.7 and shifted < 0.2, "the chance of the word that came; of another text's words it would be low"
+    for change in ({"top_k": 1}, {"temperature": 2.0}, {"data": 1.0}, {"teacher": "under-trained"}, {"quick": True}):
+        assert not distill.is_shipped(taught.job | change)
+
+
 def test_costs_by_hand(lessons, tiny):
     taught, _ = lessons()
-    one = training_cost(taught.teacher.config, told.TOKENS - 1, head_tokens=told.TOKENS // 2)
+    one = training_cost(distill.build("mini-behemoth", 0).config, told.TOKENS - 1, head_tokens=told.TOKENS // 2)
     training = one.total * tiny["teacher_batch"] * tiny["teacher_steps"]
     assert taught.cost(500) == {"teacher_passes": one.forward * 60, "teacher_training": training}
     online, _ = lessons(top_k="all")
