@@ -8,6 +8,7 @@ Shapes: x [batch, tokens, hidden]. Parameter names are those of the Hugging Face
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .attention import Attention, inverse_frequencies, rotation, temperature
 from .cache import KVCache, LayerCache
@@ -60,14 +61,17 @@ class Llama4(nn.Module):
     def __init__(self, config: Llama4Config):
         super().__init__()
         self.config = config
-        text = config.text
+        with NothingDrawnOnMeta():
+            self._build(config.text)
+            self.reset_parameters()
+
+    def _build(self, text: TextConfig):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, layer) for layer in range(text.num_layers))
         self.norm = RMSNorm(text.hidden_size, text.norm_eps)
         self.lm_head = Linear(text.hidden_size, text.vocab_size)
-        if config.vision is not None:
-            self.vision_model, self.multi_modal_projector = build_vision(config.vision, text.hidden_size)
-        self.reset_parameters()
+        if self.config.vision is not None:
+            self.vision_model, self.multi_modal_projector = build_vision(self.config.vision, text.hidden_size)
 
     def reset_parameters(self, generator: torch.Generator | None = None):
         """Fresh random weights: matrices N(0, 1 / inputs), less where a residual branch ends and in the head."""
@@ -185,3 +189,15 @@ class Llama4(nn.Module):
         """An empty cache for `batch_size` rows of up to `max_tokens` tokens, on the model's device and in its dtype."""
         weight = self.lm_head.weight
         return KVCache(self.config.text, batch_size, max_tokens, weight.device, weight.dtype)
+
+
+class NothingDrawnOnMeta(TorchFunctionMode):
+    """Skips `nn.init` for meta tensors, which have no values; drawing them, torch would import its compiler: 2 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return function(*args, **kwargs)

@@ -1,12 +1,15 @@
 """The model as a whole: what it computes and what it does not, its first weights, the meta device."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import CONFIGS, SCOUT_LIKE, assert_same, build, picture_prompt, relative_error, with_text, words
 
 from minillama4 import Llama4, Llama4Config
-from minillama4.model import RMSNorm
+from minillama4.model import NothingDrawnOnMeta, RMSNorm
 
 BATCH, TOKENS = 2, 30
 
@@ -113,6 +116,21 @@ def test_a_full_size_model_is_built_without_memory_on_the_meta_device():
     with torch.device("meta"):
         model = Llama4(Llama4Config.preset("scout"))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_loading_weights_does_not_wait_for_torchs_compiler():
+    """Building on the meta device draws nothing: that alone would import it, and every command start 2 s later."""
+    code = "import sys, minillama4; minillama4.load_checkpoint('mini-scout'); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_on_a_device_with_memory_all_modules_draw_as_ever():
+    torch.manual_seed(0)
+    drawn = torch.nn.Linear(4, 5).weight
+    torch.manual_seed(0)
+    with NothingDrawnOnMeta():
+        assert torch.equal(torch.nn.Linear(4, 5).weight, drawn)
 
 
 def test_a_model_works_in_training_after_inference_mode():
