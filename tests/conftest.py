@@ -1,4 +1,7 @@
-"""Every test runs offline, on two CPU threads (or OMP_NUM_THREADS), and with the same generated examples each time."""
+"""Every test runs offline, with the same generated examples each time, on two CPU threads (or OMP_NUM_THREADS).
+
+With `-n 2` each of two processes has one thread, and so has what it starts.
+"""
 
 import os
 
@@ -7,6 +10,8 @@ import triton_interpreter  # noqa: F401 - first: what imports Triton first decid
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 settings.load_profile("repeatable")

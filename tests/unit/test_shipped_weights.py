@@ -20,24 +20,27 @@ from minillama4.evaluate import (
     question_batches,
     random_experts,
 )  # fmt: skip
-from minillama4.train_command import GOALS, frozen
-
-FOLDER = WEIGHTS / "mini-scout"
+from minillama4.train_command import GOALS, card_text, frozen
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_checkpoint("mini-scout")
+@pytest.fixture(scope="module", params=["mini-scout", "mini-maverick"])
+def preset(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def writer(model):
-    return Writer(model.config, load_tokenizer("mini-scout"))
+def model(preset):
+    return load_checkpoint(preset)
 
 
 @pytest.fixture(scope="module")
-def card():
-    return json.loads((FOLDER / "card.json").read_text())
+def writer(preset, model):
+    return Writer(model.config, load_tokenizer(preset))
+
+
+@pytest.fixture(scope="module")
+def card(preset):
+    return json.loads((WEIGHTS / preset / "card.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +54,26 @@ def share(model, writer, items, **options):
 
 
 @pytest.mark.parametrize("what,value,least", GOALS, ids=[goal[0] for goal in GOALS])
-def test_the_card_reaches_its_goal(card, what, value, least):
-    assert value(card) >= least, f"{what}: {value(card):.3f}, wanted {least}"
+def test_the_card_reaches_its_goal(preset, card, what, value, least):
+    reached = value(card) >= least
+    if (preset, what) == ("mini-maverick", "lost with random experts"):
+        assert not reached and "| NO |" in card_text(card)  # a goal for mini-scout; lesson 04 says that it is missed
+    else:
+        assert reached, f"{what}: {value(card):.3f}, wanted {least}"
 
 
-def test_scenes_tokenizer_glossary_and_config_are_those_of_the_card(card):
-    assert frozen("mini-scout", FOLDER) == card["frozen"]
+def test_scenes_tokenizer_glossary_and_config_are_those_of_the_card(preset, card):
+    assert frozen(preset, WEIGHTS / preset) == card["frozen"]
 
 
-def test_training_took_at_most_90_minutes_and_the_file_at_most_10_megabytes(card):
+def test_training_took_at_most_90_minutes_and_the_file_at_most_10_megabytes(preset, card):
     assert card["minutes"] <= 90
-    assert (FOLDER / "model.safetensors").stat().st_size <= 10e6
+    assert (WEIGHTS / preset / "model.safetensors").stat().st_size <= 10e6
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*.safetensors")) <= 25e6, "all weights together"
+
+
+def test_the_card_tells_what_its_data_say(preset, card):
+    assert (WEIGHTS / preset / "card.md").read_text() == card_text(card)
 
 
 def test_fresh_held_out_questions_are_answered_as_the_card_says(model, writer, card, items):
@@ -81,12 +93,13 @@ def test_the_answers_come_from_the_picture(model, writer, items):
     )  # 48 questions a kind: 2.3 standard errors
 
 
-def test_nope_layers_carry_the_picture_and_routing_matters(model, writer, items):
+def test_nope_layers_carry_the_picture_and_routing_matters_to_mini_scout(preset, model, writer, items):
     full = share(model, writer, items)
     with nope_layers_off(model):
         assert share(model, writer, items) < full - 0.2
     with random_experts(model):
-        assert share(model, writer, items) < full - 0.2
+        lost = full - share(model, writer, items)
+    assert lost > 0.2 if preset == "mini-scout" else lost < 0.05
     assert share(model, writer, items) == full  # both undo themselves
 
 
@@ -97,19 +110,19 @@ def test_no_expert_is_dead(model, writer, items):
         assert min(shares) > 0.01, layer
 
 
-def test_the_score_is_what_greedy_generation_gives(model, writer, items):
+def test_the_score_is_what_greedy_generation_gives(preset, model, writer, items):
     """`answers_right` checks all tokens in one pass; generating the text must agree with it."""
     from minillama4 import ask
 
     sample = items[::16]
     right = answers_right(model, writer, sample)
-    texts = [ask(scenes.render(item.picture), item.question.text) == item.question.answer for item in sample]
+    texts = [ask(scenes.render(i.picture), i.question.text, model=preset) == i.question.answer for i in sample]
     assert texts == right
 
 
-def test_mini_weights_are_stored_as_bf16_and_load_as_fp32(model):
+def test_mini_weights_are_stored_as_bf16_and_load_as_fp32(preset, model):
     from safetensors import safe_open
 
-    with safe_open(FOLDER / "model.safetensors", "pt") as file:
+    with safe_open(WEIGHTS / preset / "model.safetensors", "pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -14,7 +14,7 @@ from minillama4.config import Llama4Config
 from minillama4.distill import inherit
 from minillama4.documents import Writer
 from minillama4.model import Llama4
-from minillama4.train import Recipe, loss_of, train
+from minillama4.train import loss_of, train
 from minillama4.train_command import RECIPES, card_text
 
 
@@ -96,9 +96,3 @@ def test_the_card_says_where_the_weights_come_from():
     card["recipe"] |= {"teacher": "mini-scout", "soft": 0.25}
     text = card_text(card)
     assert "trained from mini-scout" in text and "they are 25% of the loss of a word" in text
-
-
-def test_the_card_of_a_run_without_a_teacher_is_as_it_was():
-    folder = WEIGHTS / "mini-scout"
-    assert (folder / "card.md").read_text() == card_text(json.loads((folder / "card.json").read_text()))
-    assert Recipe().teacher == "" and Recipe().soft == 0
