@@ -69,7 +69,7 @@ def _by_bits(axes, report: dict) -> list[str]:
     guess = report["card"]["guess"]
     axes.axhline(guess, color=GREY, linestyle="--", linewidth=1)
     axes.text(8.4, guess - 0.015, "best guess without the picture", ha="right", va="top", fontsize=8, color="#555555")
-    axes.set(xlabel="bits a weight, with its share of the scales", ylabel="answers right", ylim=(0, 1.05))
+    axes.set(xlabel="bits a weight, with its share of the scales", ylabel="answers right", ylim=(-0.03, 1.05))
     axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1, 0.52))
     return [*words, f"best guess without the picture: {guess:.0%}"]
 
@@ -88,7 +88,7 @@ def _by_part(axes, report: dict) -> list[str]:
             colour, mark = MARKS[bits]
             axes.plot([row["low"], row["high"]], [place + shift] * 2, color=colour, linewidth=1.5)
             axes.plot(right(row), place + shift, mark, color=colour, markersize=5, label=f"{bits} bits" * (place == 0))
-    names = [f"{name}\n{rows[4]['weights'] / 1e6:.2g}M weights" for name, rows in groups.items()]
+    names = [f"{name}\n{rows[4]['weights'] / 1000:,.0f}K weights" for name, rows in groups.items()]
     axes.set_yticks(range(len(groups)), names, fontsize=8)
     axes.set(xlabel="answers right, nothing else rounded", ylim=(len(groups) - 0.5, -0.5))
     handles, labels = axes.get_legend_handles_labels()

@@ -234,3 +234,90 @@ def test_the_picture_says_in_words_what_it_shows():
     left, beside = shown.picture.axes
     assert len(left.lines) == 4 + 6 + 3 * 4 + 1 and len(beside.lines) == 2 * 3 * (1 + len(PARTS))
     assert png(shown.picture)[1] == 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the lesson may say
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return study.load("quantise")
+
+
+def row(stored, *settings, **changes):
+    return figures.row_of(stored, *settings, **changes)
+
+
+def test_the_stored_rows_are_the_plan_s_and_are_not_made_again(stored, tmp_path):
+    def refuse(job):
+        raise AssertionError("it is run again")
+
+    out, card = tmp_path / "copy.json", stored["card"]
+    study.store(out, stored)
+    recipe = quantise.recipe() | {"command": "python -m minillama4.course.evidence.quantise"}
+    assert study.study(plan(), refuse, recipe, out)["rows"] == stored["rows"] and len(stored["rows"]) == len(plan())
+    assert card["core_minutes"] < 20 and card["date"] and card["versions"]["torch"] and card["machine"]
+    for each in stored["rows"]:
+        assert each["asked"] == 1600 and each["low"] <= each["right"] / 1600 <= each["high"]
+        assert each["high"] - each["low"] < 0.05
+
+
+def test_four_bits_cost_one_answer_of_1600_three_a_percent_and_two_a_third(stored):
+    right, lost, kl = ([row(stored, bits)[name] for bits in (8, 6, 5, 4, 3, 2)] for name in ("right", "lost", "kl"))
+    assert row(stored, None)["right"] >= 0.99 * 1600 and row(stored, None)["kl"] == 0
+    assert max(lost[:2]) == 0 and max(lost[:4]) <= 2
+    assert 8 <= lost[4] <= 24 and row(stored, 3)["high"] < row(stored, None)["low"]  # about 1 %, and not by chance
+    assert right[5] < 0.7 * 1600 and row(stored, 2)["low"] > 2 * stored["card"]["guess"]
+    assert kl == sorted(kl) and kl[4] > 5 * kl[3] and kl[5] > 30 * kl[4]
+
+
+def test_each_bit_less_doubles_the_error_of_the_weights(stored):
+    errors = {bits: row(stored, bits)["error"] for bits in (8, 6, 5, 4, 3, 2)}
+    for bits in (5, 4, 3, 2):
+        assert errors[bits] / errors[bits + 1] == pytest.approx(2, abs=0.05)
+    assert errors[4] == pytest.approx(0.103, abs=0.002)  # what int4.py says of normal weights
+
+
+def test_small_groups_help_three_bits_and_another_bit_helps_more(stored):
+    small, usual, matrix = (row(stored, 3, group) for group in (32, 128, "matrix"))
+    assert small["kl"] < 0.6 * usual["kl"] and small["lost"] < usual["lost"] < matrix["lost"] / 5
+    four = row(stored, 4)
+    assert four["bits_a_weight"] - small["bits_a_weight"] == pytest.approx(0.22, abs=0.02)
+    assert four["kl"] < small["kl"] / 4 and four["lost"] < small["lost"]
+    assert all(row(stored, 4, group)["lost"] <= 2 for group in (32, 64, 128, "row"))  # four bits do not care
+    assert row(stored, 4, "matrix")["kl"] > 4 * four["kl"]
+    assert usual["bits_a_weight"] - row(stored, 3, "row")["bits_a_weight"] < 0.02  # a group of 128 is a row here
+
+
+def test_the_sign_of_the_scale_halves_the_divergence_of_four_bits_and_saves_two(stored):
+    signed, textbook = ([row(stored, bits, scale=scale) for bits in (4, 3, 2)] for scale in ("signed", "textbook"))
+    assert textbook[0]["kl"] > 2 * signed[0]["kl"] and textbook[0]["lost"] == signed[0]["lost"]
+    assert textbook[1]["kl"] > 2 * signed[1]["kl"] and textbook[1]["high"] < signed[1]["right"] / 1600
+    assert textbook[2]["right"] == 0 and signed[2]["right"] > 1000
+
+
+def test_vision_and_attention_suffer_and_experts_hardly_do(stored):
+    found = figures.by_part(stored)
+    assert list(found)[:3] == ["vision", "attention", "embedding"]
+    assert all(rows[4]["lost"] <= 1 for rows in found.values())
+    vision, attention, experts = (found[part][2] for part in ("vision", "attention", "routed experts"))
+    assert vision["high"] < attention["low"] and attention["high"] < found["embedding"][2]["low"]
+    assert experts["weights"] > 3 * attention["weights"] and experts["lost"] < attention["lost"] / 20
+    assert all(found[part][2]["lost"] <= 8 for part in ("routed experts", "shared experts", "router", "head"))
+    packed = [found[part][4]["weights"] for part in INT4]
+    assert sum(packed) == row(stored, 4)["weights"] and experts["weights"] > 0.65 * sum(packed)
+
+
+def test_an_outlier_spoils_its_group_so_small_groups_save_the_rest(stored):
+    assert row(stored, None, outlier=16)["kl"] == 0 and row(stored, 8, outlier=16)["lost"] <= 2
+    small, middle, usual = (figures.with_outliers(stored, group) for group in (32, 64, 128))
+    for few, more, all_ in zip(small, middle, usual, strict=True):  # in each draw of channels
+        assert few["low"] > more["high"] and more["low"] > all_["high"]
+        assert few["right"] > 0.97 * 1600 and all_["right"] < 0.5 * 1600 and few["lost"] > 20
+    assert figures.with_outliers(stored, "matrix")[0]["right"] == 0
+
+
+def test_the_picture_of_the_stored_rows(stored):
+    shown = figures.fewer_bits(stored)
+    assert "99.8% at 4.26, 98.9% at 3.26, 64.9% at 2.26 bits" in shown.alt and len(shown.text.splitlines()) == 48
