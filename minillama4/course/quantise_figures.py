@@ -77,7 +77,7 @@ def _by_bits(axes, report: dict) -> list[str]:
 def by_part(report: dict) -> dict[str, dict[int, dict]]:
     """Part -> bits -> the row in which nothing else is rounded; the part that suffers most comes first."""
     found = {part: {bits: row_of(report, bits, parts=[part]) for bits in MARKS} for part in PARTS}
-    return dict(sorted(found.items(), key=lambda item: (item[1][2]["right"], -item[1][2]["kl"])))
+    return dict(sorted(found.items(), key=lambda item: item[1][2]["right"]))
 
 
 def _by_part(axes, report: dict) -> list[str]:

@@ -74,7 +74,7 @@ def quantise(model: Llama4, bits: int, group: int | str, scale: str, parts: tupl
         part = next((part for part, pattern in PARTS.items() if re.search(pattern, name)), None)
         if part not in parts or parameter.ndim == 1:
             continue
-        weight = parameter  # those lie the other way round
+        weight = parameter.mT if part == "routed experts" else parameter  # those lie the other way round
         back, count = rounded(weight, bits, group, scale)
         lost += float((back - weight).double().square().sum())
         whole += float(weight.double().square().sum())
