@@ -107,6 +107,13 @@ def test_readme_shows_two_commands_for_a_fresh_machine_and_make_knows_them():
         assert dry_run.returncode == 0, dry_run.stderr
 
 
+@needs_make
+def test_make_test_runs_every_folder_of_tests():
+    named = re.findall(r" tests/(\w+)", make("--dry-run", "test").stdout)
+    folders = [folder.name for folder in (ROOT / "tests").iterdir() if any(folder.glob("test_*.py"))]
+    assert sorted(named) == sorted(folders)
+
+
 def test_every_minillama4_command_in_the_readme_exists(monkeypatch, capsys):
     from minillama4.cli import main
 

@@ -3,15 +3,12 @@
 import base64
 import io
 import re
-import subprocess
-import sys
 from datetime import datetime
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from minillama4.course.widgets import tile_explorer
 from minillama4.course.widgets.frame import png
 from minillama4.course.widgets.tile_explorer import (
     MOST,
@@ -321,14 +318,3 @@ def test_to_and_fro_between_an_upload_and_a_size():
     assert values(explorer) == [700, 700, 100, 100]
     long = upload(explorer, "long.png", saved(Image.new("1", (7000, 20))))
     assert long.startswith("long.png: 7,000 x 20 pixels") and values(explorer) == [MOST, MOST, 20, 20]
-
-
-def test_nothing_is_printed_and_pyplot_stays_away():
-    code = f"""
-import sys
-from {tile_explorer.__name__} import TileExplorer
-TileExplorer().drive(picture="one tile, 336 x 336", width=337)
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)

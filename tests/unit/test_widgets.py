@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import ipywidgets
 import pytest
@@ -200,18 +201,48 @@ def test_nothing_is_printed(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_no_widget_or_figure_touches_pyplot():
-    """A callback on another thread would draw on whatever figure pyplot then has."""
-    code = """
-import sys
+MOVES = {  # every widget, and how a learner moves it
+    "balance_lab.BalanceLab": dict(cure="aux", strength=0.1, step=0),
+    "context_memory.ContextMemory": dict(preset="maverick", context=2**17),
+    "cost_calculator.CostCalculator": dict(preset="maverick", batch=64),
+    "deploy_or_distil.DeployOrDistil": dict(written=100.0, gap=3.0),
+    "fit_explorer.FitExplorer": dict(model="maverick", context=2**20),
+    "roofline_explorer.RooflineExplorer": dict(model="maverick", batch=8),
+    "rotation_explorer.RotationExplorer": dict(pair=3),
+    "router_microscope.RouterMicroscope": dict(layer=2),
+    "scene_composer.SceneComposer": dict(place="top left", shape="star"),
+    "scene_microscope.SceneMicroscope": dict(suggest=1),
+    "schedule_explorer.ScheduleExplorer": dict(arm="ramp", measure="caption_loss"),
+    "temperature_lab.TemperatureLab": dict(temperature=8.0, soft_weight=1.0),
+    "tile_explorer.TileExplorer": dict(picture="one tile, 336 x 336", width=337),
+    "training_cost.TrainingCost": dict(preset="maverick", batch=64),
+    "who_sees_whom.WhoSeesWhom": dict(kind="meta", mode="decode"),
+}
+
+
+def test_no_widget_prints_or_touches_pyplot():
+    """A callback on another thread would draw on whatever figure pyplot then has, and print into whatever cell."""
+    code = f"""
+import contextlib, importlib, io, sys
 from minillama4.course import figures
-from minillama4.course.widgets import frame, scene_composer
+from minillama4.course.widgets import frame
 frame.still(figures.layer_map("mini-scout"))
-scene_composer.SceneComposer().drive(place="top left", shape="star")
-print("matplotlib.pyplot" in sys.modules)
+for name, moves in {MOVES!r}.items():
+    module, _, kind = name.partition(".")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        getattr(importlib.import_module("minillama4.course.widgets." + module), kind)().drive(**moves)
+    if printed.getvalue() or "matplotlib.pyplot" in sys.modules:
+        sys.exit(name + " prints or touches pyplot: " + printed.getvalue())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
+
+
+def test_every_widget_is_moved_there():
+    """All modules of the folder but the frame and what other widgets draw with."""
+    modules = {file.stem for file in Path(frame.__file__).parent.glob("*.py")} - {"__init__", "frame", "scene_squares"}
+    assert modules == {name.partition(".")[0] for name in MOVES}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
