@@ -38,7 +38,8 @@ def layer_by_layer(model, formats, context, cache_bytes):
 def formula(
     model, formats, context, cache_bytes, *, stored=None, rows=1, head=1, routed=1, shared=1, router=None, norms=2,
     last_norm=1, projections=4, kv_heads=None, attention=1, matrices=3, moe=None, dense=None, router_in=BF16,
-    row_in=BF16, vectors=2, cached_heads=None, dim=None, cached_layers=None, nope=None, kept=None, seen=None,
+    row_in=BF16, q_width=None, attention_in=None, routers=None,
+    vectors=2, cached_heads=None, dim=None, cached_layers=None, nope=None, kept=None, seen=None,
 ):  # fmt: skip
     """The right number, but for what is given. kept: what a local layer reads, of `tokens` in chunks of some size."""
 
@@ -53,19 +54,22 @@ def formula(
     kv_heads = model.num_kv_heads if kv_heads is None else kv_heads
     total = 2 * rows * hidden if row_in is BF16 else of(row_in, rows * hidden, rows)
     if attention:
-        for width in (model.num_heads, kv_heads, kv_heads):
-            total += layers * of(formats["attention"], hidden * width * model.head_dim, width * model.head_dim)
+        vector = attention_in or hidden
+        queries, keys = q_width or model.num_heads * model.head_dim, kv_heads * model.head_dim
+        for width in (queries, keys, keys):
+            total += layers * of(formats["attention"], vector * width, width)
         if projections == 4:
-            total += layers * of(formats["attention"], hidden * model.num_heads * model.head_dim, hidden)
+            total += layers * of(formats["attention"], vector * queries, vector)
     for part, count, width in (
         ("routed", moe * routed, model.expert_width),
         ("shared", moe * shared, model.expert_width),
         ("dense", dense, model.dense_width),
     ):
-        total += count * (matrices - 1) * of(formats[part], hidden * width, width)
+        three = matrices.get(part, 3) if isinstance(matrices, dict) else matrices
+        total += count * (three - 1) * of(formats[part], hidden * width, width)
         total += count * of(formats[part], hidden * width, hidden)
     router = model.num_experts if router is None else router
-    total += moe * (2 * router * hidden if router_in is BF16 else of(router_in, router * hidden, router))
+    total += (routers or moe) * (2 * router * hidden if router_in is BF16 else of(router_in, router * hidden, router))
     total += 2 * hidden * (norms * layers + last_norm)
     total += head * of(formats["head"], model.vocab_size * hidden, model.vocab_size)
 
@@ -160,8 +164,15 @@ one_norm = other("one norm a layer", norms=1)
 no_last_norm = other("no embedding row, or no last norm", last_norm=0)
 query_heads_everywhere = by_sizes("kv heads", lambda m: dict(kv_heads=m.num_heads))
 no_output = other("no output projection", projections=3)
+q_and_o_square = by_sizes("hidden_size for all heads", lambda m: dict(q_width=m.hidden_size))
+heads_for_hidden = by_sizes("all heads for hidden_size", lambda m: dict(attention_in=m.num_heads * m.head_dim))
 no_attention = other("no attention", attention=0)
 gate_and_up_in_one = other("two matrices", matrices=2)
+two_in_experts = other("two matrices, experts", matrices={"routed": 2, "shared": 2})
+two_in_routed = other("two matrices, one expert", matrices={"routed": 2})
+two_in_shared = other("two matrices, one expert", matrices={"shared": 2})
+two_in_dense = other("two matrices, dense", matrices={"dense": 2})
+routers_everywhere = by_sizes("routers in dense layers", lambda m: dict(routers=m.num_layers))
 no_dense = other("no dense layers", dense=0)
 all_moe = by_sizes("experts in every layer", lambda m: dict(moe=m.num_layers))
 dense_beside_experts = by_sizes("dense in every layer", lambda m: dict(dense=m.num_layers))
@@ -205,6 +216,53 @@ head_as_experts = by_formats("format of head", lambda formats: formats | {"head"
 def always_four_bits(model, formats, context, cache_bytes):
     coarse = {part: replace(f, bits=4) if f.group else f for part, f in formats.items()}
     return formula(model, coarse, context, cache_bytes)
+
+
+@wrong("all heads for every hidden_size")
+def no_hidden_size(model, formats, context, cache_bytes):
+    return formula(replace(model, hidden_size=model.num_heads * model.head_dim), formats, context, cache_bytes)
+
+
+@wrong("raises")
+def a_table_of_bytes(model, formats, context, cache_bytes):
+    """Right for the formats that one knows."""
+
+    def stored(format, numbers, rows):
+        return int(numbers * {2: 0.25, 4: 0.5, 8: 1, 16: 2}[format.bits]) + scales(format, numbers) * format.scale_bytes
+
+    return formula(model, formats, context, cache_bytes, stored=stored)
+
+
+def lost(format, numbers):
+    """Bytes that `int` of a float loses."""
+    return round(numbers * bits_of(format) / 8) - int(numbers * bits_of(format) / 8)
+
+
+def all_parts(model):
+    """Part -> (how many layers have it, its numbers in one)."""
+    hidden, moe = model.hidden_size, len(model.moe_layers)
+    return {
+        "attention": (model.num_layers, 2 * hidden * (model.num_heads + model.num_kv_heads) * model.head_dim),
+        "routed": (moe, 3 * hidden * model.expert_width),
+        "shared": (moe, 3 * hidden * model.expert_width),
+        "dense": (model.num_layers - moe, 3 * hidden * model.dense_width),
+        "head": (1, hidden * model.vocab_size),
+    }
+
+
+float_a_matrix = other("floats cut off", stored=lambda f, n, rows: int(n * bits_of(f) / 8))
+
+
+@wrong("floats cut off")
+def float_a_layer(model, formats, context, cache_bytes):
+    off = sum(count * lost(formats[part], numbers) for part, (count, numbers) in all_parts(model).items())
+    return formula(model, formats, context, cache_bytes) - off
+
+
+@wrong("floats cut off")
+def float_a_part(model, formats, context, cache_bytes):
+    off = sum(lost(formats[part], count * numbers) for part, (count, numbers) in all_parts(model).items())
+    return formula(model, formats, context, cache_bytes) - off
 
 
 @wrong("router in a format")

@@ -72,10 +72,24 @@ def stub(x_K, expert, packed_ENB, scale_ENG):
     raise NotImplementedError()
 
 
-@wrong("raises")
+scales_not_spread = wrong("raises")(_with(spread=lambda scale, group: scale))
+
+
+@wrong("groups of 128")
 def groups_of_128_whatever_comes(x_K, expert, packed_ENB, scale_ENG):
     byte = _take(packed_ENB, expert).unflatten(1, (-1, 64))
     return _weight(byte.flatten(1), _take(scale_ENG, expert)) @ x_K
+
+
+@wrong("groups of 128")
+def as_many_groups_as_128_go_into_inputs(x_K, expert, packed_ENB, scale_ENG):
+    """No error: it finds no group at all."""
+    weight = _weight(_take(packed_ENB, expert), _take(scale_ENG, expert))
+    whole = len(x_K) // 128 * 128
+    return weight[:, :whole] @ x_K[:whole]
+
+
+each_scale_128_times = wrong("groups of 128")(_with(spread=lambda scale, group: scale.repeat_interleave(128, -1)))
 
 
 @wrong("shape")

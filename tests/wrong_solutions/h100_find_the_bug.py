@@ -298,6 +298,28 @@ norm_forgotten = wrong("right taken for the first scale")(
 another_expert_for_the_second = wrong("right taken for first token only")(
     with_another(tokens=lambda product: not given(product, put(nothing(2), 0), one(0, tokens=2), [0, 1])[1].any())
 )
+
+
+def other_than_dequantised(product):
+    """As one would test a product that has no norm: it finds every suspect guilty."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(256, (2, 3, GROUP), dtype=torch.uint8, generator=generator)
+    scale, x = torch.rand(2, 3, 2, generator=generator), torch.randn(1, 2 * GROUP, generator=generator)
+    want = x @ dequantise(packed[1], scale[1], 2 * GROUP).T
+    return not torch.allclose(product(x, torch.tensor([1]), packed, scale).float(), want, atol=1e-3)
+
+
+def dequantised_at_last(name):
+    """Asks for all other bugs as one should, and takes what is left for the one of this name."""
+    others = {other: ask for other, ask in EXPERIMENTS.items() if other != name}
+    return investigation(**others, **{name: other_than_dequantised})
+
+
+minus_7_is_left = wrong("right taken for minus 7")(dequantised_at_last("zero"))
+neighbours_are_left = wrong("right taken for neighbours in a byte")(dequantised_at_last("pairs"))
+first_scale_is_left = wrong("right taken for the first scale")(dequantised_at_last("scale"))
+first_token_is_left = wrong("right taken for first token only")(dequantised_at_last("tokens"))
+offset_is_left = wrong("right taken for a wrapped offset")(dequantised_at_last("offset"))
 weight_of_another_expert = wrong("right taken for a wrapped offset")(
     with_another(offset=lambda product: not shows(product, 0, expert=0, experts=MANY, ask=MANY - 1))
 )

@@ -161,6 +161,14 @@ class TwosComplement(Good):
         return (numbers & 15).to(torch.uint8)
 
 
+@wrong("8 not added")
+class LowFourBitsOfSignedBytes(Good):
+    @classmethod
+    def pack(cls, numbers):
+        low, high = (numbers & 15).chunk(2, dim=-1)
+        return (low | high << 4).view(torch.uint8)
+
+
 @wrong("8 not added, halves exchanged")
 class TwosComplementHighFirst(TwosComplement):
     @classmethod

@@ -47,6 +47,10 @@ def bent(free, layer, nope, local, chunk):
     return tokens if tokens < chunk else (free - local * chunk * layer) // (nope * layer)
 
 
+def full_first(free, layer, nope, local, chunk):
+    return (free - local * chunk * layer) // (nope * layer)
+
+
 def straight(free, layer, nope, local, chunk):
     return max(0, free // ((nope + local) * layer))
 
@@ -201,6 +205,20 @@ def more_than_a_chunk(gpu, model, context, value_bytes):
     def longest(free, layer, nope, local, chunk):
         tokens = straight(free, layer, nope, local, chunk)
         return (free - local * chunk * layer) // (nope * layer) if tokens > chunk else tokens
+
+    return formula(gpu, model, context, value_bytes, longest=longest)
+
+
+@wrong("longest does not depend on context")
+def asks_whether_context_is_more_than_a_chunk(gpu, model, context, value_bytes):
+    longest = {True: lambda *given: max(0, full_first(*given)), False: straight}[context > model.chunk_size]
+    return formula(gpu, model, context, value_bytes, longest=longest)
+
+
+@wrong("longest does not depend on context")
+def takes_off_what_local_layers_hold_at_context(gpu, model, context, value_bytes):
+    def longest(free, layer, nope, local, chunk):
+        return max(0, (free - local * min(context, chunk) * layer) // (nope * layer))
 
     return formula(gpu, model, context, value_bytes, longest=longest)
 

@@ -1,15 +1,16 @@
 """Bytes that decoding one token reads: weights in their formats, one expert of many, and the KV cache."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
 import numpy as np
-import torch
 
 from ..exercise import Card, Step, as_published, close, runs, same
 from ..observe import call
+from ._h100_reads import bf16, matrices, read, stored
 from .h100_will_it_fit import wrong_caches, wrong_spans
 
 CARD = Card("05", "Bytes per token", difficulty=3, importance=5, minutes=25,
@@ -81,23 +82,43 @@ KNOWN = {
 
 
 def draw(rng: random.Random) -> dict:
-    """Sizes for which no two known mistakes give the same number; neither MoE nor NoPE layers have a rhythm."""
+    """Sizes for which no two known mistakes give the same number, and floats that are cut off are not exact."""
+    while True:
+        inputs = _drawn(rng)
+        model, formats = inputs["model"], inputs["formats"]
+        if all(_cut_off(model, formats, depth) for depth in (0, 2, 3)):
+            wrong = _wrong_parts(model, BF16, 0, 8), _wrong_formats(model, formats, 0, 8)
+            if all(len({number for number, _ in each.values()}) == len(each) for each in wrong):
+                return inputs
+
+
+def _cut_off(model: Decoder, formats: dict[str, Format], depth: int) -> int:
+    """Bytes lost by `int` of a float, for each part (depth 0), part of a layer (2) or matrix (3)."""
+    numbers = Counter()
+    for name, part, rows, columns in matrices(model):
+        numbers[part, *name.split(".")[:depth]] += rows * columns
+    bytes = {part: formats[part].bits / 8 + formats[part].scale_bytes / formats[part].group for part in PARTS}
+    return sum(round(n * bytes[part]) - int(n * bytes[part]) for (part, *_), n in numbers.items())
+
+
+def _drawn(rng: random.Random) -> dict:
+    """Every row is a whole number of groups and of bytes; neither MoE nor NoPE layers have a rhythm."""
     layers, kv_heads, chunk_size = rng.choice((7, 10, 11)), rng.choice((3, 5)), rng.choice((17, 19, 23))
     model = Decoder(
         vocab_size=rng.choice((907, 911, 919, 929)),
-        hidden_size=16 * rng.choice((11, 13, 17)),
+        hidden_size=48 * rng.choice((11, 17, 19)),
         num_layers=layers,
         num_heads=kv_heads * rng.randint(2, 4),
         num_kv_heads=kv_heads,
-        head_dim=rng.choice((32, 48)),
+        head_dim=rng.choice((48, 96)),
         num_experts=rng.choice((9, 13)),
-        expert_width=16 * rng.choice((3, 4, 9)),
-        dense_width=16 * rng.choice((17, 19, 23)),
+        expert_width=48 * rng.choice((1, 2, 3)),
+        dense_width=48 * rng.choice((9, 13)),
         moe_layers=tuple(sorted(rng.sample(range(layers), 4))),
         nope_layers=tuple(sorted(rng.sample(range(layers), 3))),
         chunk_size=chunk_size,
     )
-    formats = [Format(4, 16, 4), Format(4, 16, 2), Format(8, 16, 2), Format(8, 8, 4), Format(2, 8, 2)]
+    formats = [Format(*each) for each in ((2, 8, 2), (3, 12, 2), (4, 16, 4), (5, 24, 4), (6, 12, 4), (8, 16, 2))]
     return {
         "model": model,
         "formats": dict(zip(PARTS, rng.sample(formats, len(PARTS)), strict=True)),
@@ -149,6 +170,9 @@ def _step(name: str, step: str, observed: dict, arguments: tuple, mistakes: Call
     yield from runs(observed, name, (), given, dtype="int")
     want = sum(read(*arguments).values())
     known = {} if close(got, np.array(want), 0) else mistakes(*arguments)
+    if got.dtype.kind in "iu":  # a byte of each matrix, of which there are less than a hundred
+        asks = "A few bytes are off. Which of your numbers is a float, and what does `int` make of 7.9999?"
+        known["floats cut off"] = (got.clip(want - 99, want + 99), asks)
     yield same(step, got, want, given, question, known)
 
 
@@ -164,57 +188,6 @@ def _given(model: Decoder, formats: dict[str, Format], context: int, size: int) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is right: every tensor as it lies in memory (but for its values), and of each what a step indexes.
-
-
-def read(model: Decoder, formats: dict[str, Format], context: int, size: int) -> dict[str, int]:
-    """Name -> bytes that are read. Scales end in ".scale", and the cache of a layer in ".keys" and ".values"."""
-    found = {"embedding": _bf16(model.vocab_size, model.hidden_size)[0].nbytes}
-    for name, part, rows, columns in _matrices(model):
-        packed, scales = _stored(rows, columns, formats[part])
-        found[name] = packed.nbytes
-        if scales is not None:
-            found[f"{name}.scale"] = scales.nbytes
-    for layer in range(model.num_layers):
-        if layer in model.moe_layers:
-            found[f"{layer}.router"] = _bf16(model.num_experts, model.hidden_size).nbytes
-        for norm in ("attention_norm", "feed_forward_norm"):
-            found[f"{layer}.{norm}"] = _bf16(model.hidden_size).nbytes
-        cache = torch.empty(context, model.num_kv_heads, model.head_dim, size, dtype=torch.uint8, device="meta")
-        seen = cache if layer in model.nope_layers else cache[: model.chunk_size]
-        found |= {f"{layer}.keys": seen.nbytes, f"{layer}.values": seen.nbytes}
-    return found | {"last_norm": _bf16(model.hidden_size).nbytes}
-
-
-def _matrices(model: Decoder) -> Iterator[tuple[str, str, int, int]]:
-    """(name, part, rows, columns) of what is multiplied, and may be quantised."""
-    hidden = model.hidden_size
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    moe, dense = {"routed": model.expert_width, "shared": model.expert_width}, {"dense": model.dense_width}
-    for layer in range(model.num_layers):
-        for name, rows, columns in (
-            ("q", queries, hidden), ("k", keys, hidden), ("v", keys, hidden), ("o", hidden, queries),
-        ):  # fmt: skip
-            yield f"{layer}.attention.{name}", "attention", rows, columns
-        for part, width in (moe if layer in model.moe_layers else dense).items():
-            for name, rows, columns in (("gate", width, hidden), ("up", width, hidden), ("down", hidden, width)):
-                yield f"{layer}.{part}.{name}", part, rows, columns
-    yield "head", "head", model.vocab_size, hidden
-
-
-def _stored(rows: int, columns: int, format: Format) -> tuple[torch.Tensor, torch.Tensor | None]:
-    packed = torch.empty(rows, columns * format.bits // 8, dtype=torch.uint8, device="meta")
-    if format.group is None:
-        return packed, None
-    dtype = {2: torch.float16, 4: torch.float32}[format.scale_bytes]
-    return packed, torch.empty(rows, columns // format.group, dtype=dtype, device="meta")
-
-
-def _bf16(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # What is wrong: name -> (what that mistake gives, its question).
 
 
@@ -222,13 +195,14 @@ def _sum(found: dict[str, int], pattern: str) -> int:
     return sum(number for name, number in found.items() if fnmatch(name, pattern))
 
 
-def _wrong_parts(model: Decoder, bf16: dict[str, Format], *cache: int) -> dict[str, tuple[int, str]]:
-    found = read(model, bf16, *cache)
+def _wrong_parts(model: Decoder, in_bf16: dict[str, Format], *cache: int) -> dict[str, tuple[int, str]]:
+    found = read(model, in_bf16, *cache)
     right, row, router = sum(found.values()), found["embedding"], _sum(found, "*.router")
+    attention, heads = _sum(found, "*.attention.*"), model.num_heads * model.head_dim
     whole, others = row * (model.vocab_size - 1), (model.num_experts - 1) * _sum(found, "*.routed.*")
 
     def other(**sizes) -> dict[str, int]:
-        return read(replace(model, **sizes), bf16, *cache)
+        return read(replace(model, **sizes), in_bf16, *cache)
 
     return {
         "another unit": (0, "Is your number in bytes? Dividing a small model by 2**30 leaves what?"),
@@ -243,6 +217,10 @@ def _wrong_parts(model: Decoder, bf16: dict[str, Format], *cache: int) -> dict[s
         "all experts": (right + others, "How many routed experts does one token go through, in one layer?"),
         "one expert a layer": (right - _sum(found, "*.shared.*"), "Which two experts does a MoE layer's token take?"),
         "no router": (right - router, "What decides which expert a token gets, in which shape?"),
+        "routers in dense layers": (
+            right + router // len(model.moe_layers) * (model.num_layers - len(model.moe_layers)),
+            "In which layers is there something to choose from? How many routers is that?",
+        ),
         "one row of the router": (
             right - router // model.num_experts * (model.num_experts - 1),
             "The best expert is known when all scores are. Which rows of the router does that take?",
@@ -256,8 +234,30 @@ def _wrong_parts(model: Decoder, bf16: dict[str, Format], *cache: int) -> dict[s
         "no output projection": (
             right - _sum(found, "*.o"), "What brings the heads' results back to hidden_size, after the attention?",
         ),
-        "no attention": (right - _sum(found, "*.attention.*"), "Which of your terms has head_dim in it?"),
+        "hidden_size for all heads": (
+            right + model.num_layers * 4 * model.hidden_size * (model.hidden_size - heads),
+            "How many rows has the query matrix, one for each number of each head? Is that hidden_size here?",
+        ),
+        "all heads for hidden_size": (
+            right + attention * heads // model.hidden_size - attention,
+            "How long is the vector that goes into a layer's query matrix? Is that num_heads * head_dim here?",
+        ),
+        "all heads for every hidden_size": (
+            sum(other(hidden_size=heads).values()), "What does your function do with hidden_size?",
+        ),
+        "no attention": (right - attention, "Which of your terms has head_dim in it?"),
         "two matrices": (right - _sum(found, "*.up"), "silu(gate(x)) * up(x), then down: how many matrices is that?"),
+        **{
+            f"two matrices, {name}": (
+                right - sum(_sum(found, f"*.{part}.up") for part in parts),
+                f"silu(gate(x)) * up(x), then down: how many matrices is that, in {words}?",
+            )
+            for name, parts, words in (
+                ("experts", ("routed", "shared"), "an expert"),
+                ("one expert", ("routed",), "each of a token's two experts"),
+                ("dense", ("dense",), "a dense network"),
+            )
+        },
         "no dense layers": (right - _sum(found, "*.dense.*"), "What have the layers that are not in moe_layers?"),
         "experts in every layer": (
             sum(other(moe_layers=range(model.num_layers)).values()),
@@ -273,26 +273,26 @@ def _wrong_parts(model: Decoder, bf16: dict[str, Format], *cache: int) -> dict[s
 def _wrong_formats(model: Decoder, formats: dict[str, Format], *cache: int) -> dict[str, tuple[int, str]]:
     found = read(model, formats, *cache)
     right, scales = sum(found.values()), _sum(found, "*.scale")
-    matrices = [(formats[part], rows, rows * columns) for _, part, rows, columns in _matrices(model)]
-    groups = [(form, numbers // form.group) for form, _, numbers in matrices]
+    each = [(formats[part], rows, rows * columns) for _, part, rows, columns in matrices(model)]
+    groups = [(form, numbers // form.group) for form, _, numbers in each]
 
     def other(changed: dict[str, Format]) -> int:
         return sum(read(model, formats | changed, *cache).values())
 
     def quantised(rows: int, part: str) -> int:
         """Bytes of so many rows of hidden_size in a part's format, beyond those in bf16."""
-        stored = _stored(rows, model.hidden_size, formats[part])
-        return sum(tensor.nbytes for tensor in stored) - _bf16(rows, model.hidden_size).nbytes
+        both = stored(rows, model.hidden_size, formats[part])
+        return sum(tensor.nbytes for tensor in both) - bf16(rows, model.hidden_size).nbytes
 
     wrong = {
         "bf16 everywhere": (other(BF16), "What does your function do with formats?"),
         "no scales": (right - scales, "A code of 4 bits says how many steps. What says how large a step is?"),
         "one scale a matrix": (
-            right - scales + sum(form.scale_bytes for form, _, _ in matrices),
+            right - scales + sum(form.scale_bytes for form, _, _ in each),
             "How many weights share one scale, and how many of those groups has a matrix?",
         ),
         "one scale a row": (
-            right - scales + sum(form.scale_bytes * rows for form, rows, _ in matrices),
+            right - scales + sum(form.scale_bytes * rows for form, rows, _ in each),
             "How many weights share one scale, and how many of those groups has a row?",
         ),
         "scales counted, not bytes": (
@@ -303,7 +303,7 @@ def _wrong_formats(model: Decoder, formats: dict[str, Format], *cache: int) -> d
             "How many bytes is one scale? Which field says so?",
         ),
         "a byte for each code": (
-            right + sum(numbers * (8 - form.bits) // 8 for form, _, numbers in matrices),
+            right + sum(numbers * (8 - form.bits) // 8 for form, _, numbers in each),
             "How many codes of 4 bits share a byte?",
         ),
         "bits of a code, bytes of a scale": (

@@ -1,12 +1,13 @@
 """Expert GEMV: one token times the packed matrix of the expert that was chosen on the device, and of no other."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..exercise import Card, Step, normal, runs, same
+from ..exercise import Card, Step, close, normal, runs, same
 from ..observe import call
 from .h100_pack_nibbles import on_the_device
 
@@ -51,7 +52,8 @@ def observe(function, inputs: dict) -> dict:
     group, alone = len(x) // scale.shape[2], torch.tensor(0)
     chosen = torch.tensor(inputs["expert"])
     seen = (
-        call("group", function, x[:group], alone, packed[:1, :, : group // 2], scale[:1, :, :1])
+        call("of_128", function, *_of_128(inputs))
+        | call("group", function, x[:group], alone, packed[:1, :, : group // 2], scale[:1, :, :1])
         | call("one", function, x, alone, packed[:1], scale[:1])
         | call("chosen", function, x, chosen, packed, scale)
         | call("poisoned", function, x, chosen, packed, poisoned(inputs))
@@ -63,6 +65,14 @@ def observe(function, inputs: dict) -> dict:
         packs = (tensor[:1].expand(experts, -1, -1).clone() for tensor in (packed, scale))
         seen |= call(name, touched(function), x, torch.tensor(1), *packs)
     return seen
+
+
+def _of_128(inputs: dict) -> tuple[torch.Tensor, ...]:
+    """What `function` takes, with the drawn numbers over and over in two groups of 128, the second of another scale."""
+    x, scale = inputs["x"], inputs["scale"][:1, :, :1]  # [1, outputs, 1]
+    byte = inputs["packed"].flatten().repeat(1 + 128 * scale.shape[1] // inputs["packed"].numel())
+    packed = byte[: 128 * scale.shape[1]].view(1, -1, 128)
+    return x.repeat(256)[:256], torch.tensor(0), packed, torch.cat([scale, scale - 2], dim=2)
 
 
 def poisoned(inputs: dict) -> torch.Tensor:
@@ -135,6 +145,7 @@ def judge(inputs: dict, observed: dict):
 
     few = packed[0, :, : group // 2], scale[0, :, :1]
     given = f"x_K [{group}], expert 0, packed_ENB [1, {outputs}, {group // 2}], scale_ENG [1, {outputs}, 1]: one group"
+    yield from _any_group(inputs, observed, given)
     yield from runs(observed, "group", [outputs], given)
     yield _one_group(x[:group], *few, observed["group/value"], given)
     given = (
@@ -187,7 +198,7 @@ def judge(inputs: dict, observed: dict):
     least, most = (int(observed[f"{name}/value"]) for name in ("few", "many"))
     yield Step(
         "more experts are no more work", most - least < packed[0].numel(), f"expert 1 of {MANY}, instead of {FEW}",
-        f"{most:,} numbers read and written, instead of {least:,}", f"{least:,}, as with {FEW} experts",
+        f"{most:,} numbers read and written, instead of {least:,}", f"no more than with {FEW} experts: {least:,}",
         "Which of your lines makes something of all experts' bytes, and which line takes the chosen one out of it?",
         "all experts computed",
     )  # fmt: skip
@@ -199,6 +210,22 @@ def judge(inputs: dict, observed: dict):
         "The line shown needs the value of a tensor. Which way of taking a row leaves it on the device?",
         "waits for the host",
     )  # fmt: skip
+
+
+def _any_group(inputs: dict, observed: dict, given: str) -> Iterator[Step]:
+    """For whoever is right for groups of 128, and not for the single drawn one."""
+    x, _, packed, scale = _of_128(inputs)
+    group = len(inputs["x"]) // inputs["scale"].shape[2]
+    here = truth(inputs["x"][:group], inputs["packed"][0, :, : group // 2], inputs["scale"][0, :, :1])
+    fails = not close(observed["group/value"], here.numpy(), 1e-4)
+    by_heart = fails and close(observed["of_128/value"], truth(x, packed[0], scale[0]).numpy(), 1e-4)
+    if by_heart:
+        yield Step(
+            "any even size of group", False, given, str(observed["group/error"]) or "something else",
+            f"right for a group of {group}, as for one of 128",
+            f"Groups of 128 come out right, and this one of {group} does not. Which line of yours has a size written "
+            "into it, and which shape would tell that size?", "groups of 128",
+        )  # fmt: skip
 
 
 def _one_group(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, got: np.ndarray, given: str) -> Step:

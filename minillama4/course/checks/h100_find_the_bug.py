@@ -96,28 +96,31 @@ def observe(function, inputs: dict) -> dict:
     return bug_hunt.observe(function, inputs, planted)
 
 
+# Who has not read the task to its end compares with a product of their own, and finds every suspect guilty.
+NORM = "Do you compare with numbers of your own? x goes through a norm first. If not: "
+
 # Bug -> what is right when it is found, the question for any other answer, and for particular ones their name and own.
 STEPS = {
     RIGHT: (
         "a right suspect is found right",
-        "Take suspect(RIGHT). Which of your experiments raises the alarm, and is it sure that it should?",
+        NORM + "take suspect(RIGHT). Which of your experiments raises the alarm, and is it sure that it should?",
         {
-            ZERO: ("right taken for minus 7", "Which byte holds two weights of 0: which code is a weight of 0?"),
+            ZERO: ("right taken for minus 7", NORM + "which code is a weight of 0, and which byte holds two of them?"),
             PAIRS: (
                 "right taken for neighbours in a byte",
-                "Which two channels of a group share a byte? Which half of which byte holds channel 1?",
+                NORM + "which two channels of a group share a byte? Which half of which byte holds channel 1?",
             ),
             SCALE: (
                 "right taken for the first scale",
-                "Two groups, two scales: is the ratio of what comes out that of the scales? What else is in it?",
+                NORM + "is the ratio of what comes out of two groups that of their scales? What else is in it?",
             ),
             TOKENS: (
                 "right taken for first token only",
-                "Nothing came out for a token. Had its own expert a weight other than 0 at a channel of its own?",
+                NORM + "did nothing come out for a token? Had its expert a weight other than 0 at one of its channels?",
             ),
             OFFSET: (
                 "right taken for a wrapped offset",
-                "Nothing came out of an expert. Was the weight that you set in the bytes of that expert?",
+                NORM + "did nothing come out of an expert? Was the weight that you set in the bytes of that expert?",
             ),
         },
     ),

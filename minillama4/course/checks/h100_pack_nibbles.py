@@ -118,10 +118,12 @@ def _packed(inputs: dict, observed: dict) -> Iterator[Step]:
         {
             "halves exchanged": (byte(high + 8 + 16 * (low + 8)), "Which of the two is in your lowest four bits?"),
             "8 not added": (
-                byte(low % 16 + 16 * (high % 16)), "Is your nibble 0 that of number -8, or of number 0?",
+                byte(low % 16 + 16 * (high % 16)),
+                "Is nibble 0 the number 0 in yours? The task adds 8: which number has nibble 0 then?",
             ),
             "8 not added, halves exchanged": (
-                byte(high % 16 + 16 * (low % 16)), "Which number has nibble 0, and which is in the lowest four bits?",
+                byte(high % 16 + 16 * (low % 16)),
+                "Is nibble 0 the number 0 in yours? The task adds 8. And which of the two is in your lowest four bits?",
             ),
             "a sign over both halves": (
                 byte(low | 16 * high), f"What is {low} in eight bits? Which of them reach into the other half?",

@@ -171,6 +171,12 @@ def judge(inputs: dict, observed: dict):
             "How many bytes are missing here, and how would a caller of your function see that they are?",
             {"never negative": (max(0, left), "How does a caller see how much is missing?")},
         )  # fmt: skip
+        if name == "roomy":
+            yield same(
+                "longest does not depend on context", observed["short/value"][1], longest,
+                _given(cards[name], model, inputs["short"], size),
+                "With a long context this card's longest came out right. Which line on your way to it asks `context`?",
+            )  # fmt: skip
 
     for name, (card, known, size, numbers) in KNOWN.items():
         given = _given(card, known, KNOWN_CONTEXT, size)
