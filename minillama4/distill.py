@@ -130,7 +130,8 @@ def top_k_loss(student_TV: Tensor, cached: TopK) -> Tensor:
     if cached.log_tail_T.shape != (tokens,):
         raise ValueError(f"cached.log_tail_T is {list(cached.log_tail_T.shape)}; it must be [{tokens}]")
     if tokens and not 0 <= int(index_TK.min()) <= int(index_TK.max()) < vocabulary:
-        raise ValueError(f"cached keeps token {int(index_TK.max())}; the student's ids run from 0 to {vocabulary - 1}")
+        held = f"{int(index_TK.min())} to {int(index_TK.max())}"
+        raise ValueError(f"cached keeps tokens {held}; the student's ids run from 0 to {vocabulary - 1}")
     log_q_TV = _log_softmax(student_TV, cached.temperature)
     # Not -inf: with K = V nothing is left, and log(0) has no gradient (torch makes it 0 today; it used to be nan).
     rest_TV = log_q_TV.scatter(1, index_TK, torch.finfo(log_q_TV.dtype).min)
@@ -141,7 +142,8 @@ def top_k_loss(student_TV: Tensor, cached: TopK) -> Tensor:
 
 def save_targets(file: str | Path, cached: TopK):
     """Safetensors, whole or not at all: 4 bytes a kept token (6 above 32,768 tokens), 2 bytes a tail."""
-    file, small = Path(file), int(cached.index_TK.max()) <= torch.iinfo(torch.int16).max
+    file = Path(file)
+    small = not cached.index_TK.numel() or int(cached.index_TK.max()) <= torch.iinfo(torch.int16).max
     tensors = {
         "index": cached.index_TK.to(torch.int16 if small else torch.int32).contiguous(),
         "log_prob": cached.log_prob_TK.half().contiguous(),
@@ -158,7 +160,10 @@ def load_targets(file: str | Path) -> TopK:
         with safe_open(file, "pt") as stored:
             temperature = float((stored.metadata() or {})["temperature"])
             index, log_prob, log_tail = (stored.get_tensor(name) for name in ("index", "log_prob", "log_tail"))
-    except (OSError, SafetensorError, KeyError) as error:
+        if index.shape != log_prob.shape or log_tail.shape != index.shape[:1]:
+            shapes = f"{list(index.shape)}, {list(log_prob.shape)} and {list(log_tail.shape)}"
+            raise ValueError(f"index, log_prob and log_tail are {shapes}")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{file} holds no teacher's targets ({error}); `save_targets` makes such a file") from None
     # fp16 rounds each to 1 part in 2,000; all K + 1 together are made to sum to 1 again, so that no KL is negative.
     log_p = torch.cat([log_prob, log_tail[:, None]], -1).float().log_softmax(-1)  # [T, K + 1]
@@ -206,7 +211,7 @@ def inherit(student: Llama4, teacher: Llama4) -> list[str]:
     """Copy into the student every tensor that the teacher has by the same name and shape; the names of what was copied.
 
     Where QK norm scales the teacher's queries and keys and not the student's, the copied projections are divided, head
-    by head, by the RMS that they give to inputs of RMS 1: else every attention would start many times too sharp.
+    by head, by the RMS that they give to inputs of RMS 1: else attention would start two to four times too sharp.
     """
     given, copied = dict(teacher.named_parameters()), []
     for name, parameter in student.named_parameters():
@@ -217,7 +222,9 @@ def inherit(student: Llama4, teacher: Llama4) -> list[str]:
     if not teacher.config.text.qk_norm or text.qk_norm:
         return copied
     for layer, block in enumerate(student.layers):
-        for projection in () if text.is_nope(layer) else ("q_proj", "k_proj"):
+        if text.is_nope(layer) or teacher.config.text.is_nope(layer):
+            continue  # not normed on one of the two sides
+        for projection in ("q_proj", "k_proj"):
             name = f"layers.{layer}.self_attn.{projection}.weight"
             if name in copied:
                 weight = getattr(block.self_attn, projection).weight  # [heads * dim, hidden]
@@ -235,7 +242,7 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _log_softmax(logits_TV: Tensor, temperature: float) -> Tensor:
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; it must be above 0")
+        raise ValueError(f"temperature is {temperature}; it must be above 0 and finite")
     return (_precise(logits_TV) / temperature).log_softmax(-1)
 
 

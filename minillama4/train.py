@@ -95,7 +95,7 @@ def batch_at(step: int, worker: int, recipe: Recipe, writer: Writer) -> Batch:
 
 @dataclass
 class Losses:
-    words: Tensor  # mean cross-entropy of the assistant's words, with a teacher partly against its probabilities
+    words: Tensor  # mean over the assistant's words: cross-entropy, with a teacher mixed with the KL from it
     labels: Tensor  # and of the picture's labels
     balance: Tensor  # mean over the MoE layers
     volume: Tensor  # mean of -log(score) over all tokens and MoE layers
@@ -120,7 +120,7 @@ def loss_of(
     learn = batch.weights > 0  # the head runs only where there is something to learn
     student_TV = model.lm_head(hidden[learn])
     words_T = hard_loss(student_TV, batch.targets[learn])
-    if teacher is not None:
+    if teacher is not None and soft:
         with torch.no_grad():
             teacher_TV = teacher.lm_head(teacher.hidden_states(batch.ids, batch.pixels)[learn])
         words_T = (1 - soft) * words_T + soft * soft_loss(student_TV, teacher_TV)

@@ -27,7 +27,7 @@ RECIPES = {
     ),
 }
 
-# What a mini model must reach on held-out pictures, after rounding: (what, its value in a card, at least).
+# What a mini model is meant to reach on held-out pictures, after rounding: (what, its value in a card, at least).
 GOALS = (
     ("attribute", lambda c: c["full"]["kind"]["attribute"], 0.90),
     ("place", lambda c: c["full"]["kind"]["place"], 0.90),
@@ -111,7 +111,7 @@ def plot_loss(table: Path, picture: Path):
             mean = rows[:, column].unfold(0, 50, 1).mean(1)
             mean[mean == 0] = float("nan")  # no words are learned at first
             axes.plot(range(49, len(rows)), mean, color=colour, label=f"{name}, mean of 50 steps")
-    axes.set(xlabel="step", ylabel="cross-entropy (nats)", yscale="log")
+    axes.set(xlabel="step", ylabel="loss (nats)", yscale="log")
     axes.legend()
     figure.savefig(picture, dpi=110)
 
@@ -165,9 +165,9 @@ def card_text(card: dict) -> str:
 def inheritance(recipe: dict) -> list[str]:
     """What a student's card says of its teacher."""
     return [
-        f"Its teacher, {recipe['teacher']}, gave it every tensor that both have by the same name and shape to start",
-        f"from, and then its probabilities: they are {recipe['soft']:.0%} of the loss of a word, the text's own tokens",
-        "the rest.",
+        f"Its teacher, {recipe['teacher']}, gave it to start from every tensor that both have by name and shape (queries",
+        "and keys rescaled where only the teacher has QK norm), and then its probabilities: they are",
+        f"{recipe['soft']:.0%} of the loss of a word, the text's own tokens the rest.",
         "",
     ]
 

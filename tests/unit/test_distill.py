@@ -290,13 +290,33 @@ def test_a_file_gives_back_what_was_put_in(tmp_path, student, teacher):
     assert float(d.top_k_loss(3 * teacher.float(), back).min()) > -1e-6
 
 
+def test_a_save_that_is_killed_leaves_the_old_file(tmp_path, teacher, monkeypatch):
+    file, cached = tmp_path / "targets", d.top_k(teacher.float(), 4)
+    d.save_targets(file, cached)
+    before = file.read_bytes()
+
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(d, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        d.save_targets(file, d.top_k(teacher.float(), 3))
+    assert file.read_bytes() == before
+
+
 def test_what_a_file_weighs_and_what_it_can_hold(tmp_path):
     logits = torch.randn(1000, 600)
     d.save_targets(tmp_path / "small", d.top_k(logits, 8))
     assert 0 <= (tmp_path / "small").stat().st_size - 1000 * (8 * (2 + 2) + 2) < 512
-    wide = d.top_k(torch.zeros(1, 40_000).index_fill(1, torch.tensor([39_999]), 9.0), 2)
-    d.save_targets(tmp_path / "wide", wide)
-    assert torch.equal(d.load_targets(tmp_path / "wide").index_TK, wide.index_TK) and int(wide.index_TK[0, 0]) == 39_999
+    for last in (32_767, 32_768, 39_999):  # on both sides of what 16 bits hold
+        wide = d.top_k(torch.zeros(1, 40_000).index_fill(1, torch.tensor([last]), 9.0), 2)
+        d.save_targets(tmp_path / "wide", wide)
+        assert (
+            torch.equal(d.load_targets(tmp_path / "wide").index_TK, wide.index_TK) and int(wide.index_TK[0, 0]) == last
+        )
+    d.save_targets(tmp_path / "none", d.top_k(logits[:0], 8))
+    assert d.load_targets(tmp_path / "none").index_TK.shape == (0, 8)
     everything = d.top_k(logits[:3], 600)
     d.save_targets(tmp_path / "all", everything)
     assert d.load_targets(tmp_path / "all").log_tail_T.tolist() == [-math.inf] * 3
@@ -305,7 +325,10 @@ def test_what_a_file_weighs_and_what_it_can_hold(tmp_path):
 def test_a_file_that_is_no_cache_is_refused(tmp_path):
     save_file({"other": torch.zeros(1)}, tmp_path / "other")
     (tmp_path / "text").write_text("hello")
-    for name in ("missing", "text", "other"):
+    parts = {"index": torch.zeros(3, 2), "log_prob": torch.zeros(3, 2), "log_tail": torch.zeros(4)}
+    save_file(parts, tmp_path / "uneven", metadata={"temperature": "1.0"})
+    save_file(parts | {"log_tail": torch.zeros(3)}, tmp_path / "warm", metadata={"temperature": "warm"})
+    for name in ("missing", "text", "other", "uneven", "warm"):
         with pytest.raises(ValueError, match="holds no teacher's targets"):
             d.load_targets(tmp_path / name)
 
@@ -337,6 +360,9 @@ def batch():
 def test_codistil_is_the_mix_of_both_losses_for_each_student(batch):
     ids, target, learn = batch
     teacher, students = tiny(0, 48), [tiny(1), tiny(2, 64)]
+    with torch.no_grad():
+        for model in (teacher, *students):
+            model.lm_head.weight.mul_(30)  # as trained: with logits near 0, every temperature and direction looks alike
     losses = d.codistill(teacher, students, ids, target, learn, 0.3, 2.0)
     for student, loss in zip(students, losses, strict=True):
         with torch.no_grad():
@@ -402,7 +428,11 @@ REFUSED = {
         lambda s, t: d.top_k_loss(s, d.top_k(t, 2)._replace(log_tail_T=torch.zeros(4))),
         r"log_tail_T is \[4\]; it must be \[5\]",
     ),
-    "a smaller student": (lambda s, t: d.top_k_loss(s[:, :2], d.top_k(t, 11)), "keeps token 10; .* 0 to 1"),
+    "a kept token below 0": (
+        lambda s, t: d.top_k_loss(s, d.top_k(t, 2)._replace(index_TK=torch.tensor([[-1, 3]] * T))),
+        "keeps tokens -1 to 3; .* 0 to",
+    ),
+    "a smaller student": (lambda s, t: d.top_k_loss(s[:, :2], d.top_k(t, 11)), "keeps tokens 0 to 10; .* 0 to 1"),
     "target of another shape": (lambda s, t: d.hard_loss(s, torch.zeros(4, dtype=torch.int64)), r"it must be \[5\]"),
     "target out of range": (lambda s, t: d.hard_loss(s, torch.full((5,), 11)), "holds 11 to 11; ids run from 0 to 10"),
     "target below 0": (lambda s, t: d.confidence(t, torch.full((5,), -1)), "holds -1 to -1"),

@@ -237,6 +237,9 @@ def test_the_targets_that_ship_are_those_of_the_tenth_and_need_no_teacher(tiny, 
         float(distill.sure(taught.kept, target).mean()) for target in (pool.targets, pool.targets.roll(1))
     )
     assert right > 0.7 and shifted < 0.2, "the chance of the word that came; of another text's words it would be low"
+    distill.teacher_file("mini-behemoth", distill.RECIPE).touch()  # a teacher trained here is asked, not the file
+    with pytest.raises(pytest.fail.Exception, match="a teacher was asked for"):
+        distill.Lessons(taught.job, pool)
     for change in ({"top_k": 1}, {"temperature": 2.0}, {"data": 1.0}, {"teacher": "under-trained"}, {"quick": True}):
         assert not distill.is_shipped(taught.job | change)
 

@@ -1,5 +1,6 @@
 """mini-maverick's training: what a student takes over from its teacher and learns from it, and what its card says."""
 
+import csv
 import json
 from dataclasses import replace
 from random import Random
@@ -14,7 +15,7 @@ from minillama4.config import Llama4Config
 from minillama4.distill import inherit
 from minillama4.documents import Writer
 from minillama4.model import Llama4
-from minillama4.train import loss_of, train
+from minillama4.train import batch_at, loss_of, train
 from minillama4.train_command import RECIPES, card_text
 
 
@@ -55,6 +56,25 @@ def test_without_qk_norm_inherited_queries_and_keys_keep_the_size_that_it_gave_t
     assert torch.equal(student.layers[0].self_attn.v_proj.weight, teacher.layers[0].self_attn.v_proj.weight)
 
 
+def test_a_teacher_without_qk_norm_hands_its_queries_over_as_they_are():
+    teacher, student = model(0, qk_norm=False), model(1, qk_norm=False)
+    inherit(student, teacher)
+    assert torch.equal(student.layers[0].self_attn.q_proj.weight, teacher.layers[0].self_attn.q_proj.weight)
+
+
+def test_a_projection_that_was_not_copied_is_left_alone():
+    teacher, student = model(0), model(1, qk_norm=False, num_heads=4)
+    own = student.layers[0].self_attn.q_proj.weight.detach().clone()
+    inherit(student, teacher)
+    assert torch.equal(student.layers[0].self_attn.q_proj.weight, own)
+
+
+def test_what_was_a_nope_layer_of_the_teacher_had_no_norm_either():
+    teacher, student = model(0, nope_layers=(0,)), model(1, qk_norm=False)
+    inherit(student, teacher)
+    assert torch.equal(student.layers[0].self_attn.k_proj.weight, teacher.layers[0].self_attn.k_proj.weight)
+
+
 @pytest.mark.parametrize("soft", [0.0, 0.3, 1.0])
 def test_the_words_loss_is_hard_and_soft_targets_mixed_by_weight(soft):
     writer = Writer(TINY, load_tokenizer("mini-scout"))
@@ -82,6 +102,10 @@ def test_a_run_with_a_teacher_starts_from_it(tmp_path):
     )  # fmt: skip
     trained = train(Llama4Config.preset("mini-maverick"), WEIGHTS / "mini-scout", recipe, tmp_path)
     teacher = load_checkpoint("mini-scout")
+    row = next(csv.DictReader((tmp_path / "loss.csv").open()))
+    writer = Writer(trained.config, load_tokenizer("mini-scout"))
+    wanted = loss_of(trained, batch_at(0, 0, recipe, writer), True, teacher, recipe.soft).words
+    assert float(row["words"]) == pytest.approx(wanted.item(), abs=2e-4), "the loop asks the teacher"
     for name in (
         "embed_tokens.weight",
         "vision_model.patch_embedding.linear.weight",
@@ -95,4 +119,12 @@ def test_the_card_says_where_the_weights_come_from():
     assert "trained from nothing" in card_text(card)
     card["recipe"] |= {"teacher": "mini-scout", "soft": 0.25}
     text = card_text(card)
-    assert "trained from mini-scout" in text and "they are 25% of the loss of a word" in text
+    assert "trained from mini-scout" in text and "25% of the loss of a word" in text
+
+
+def test_a_run_that_goes_on_does_not_inherit_again(tmp_path):
+    recipe = replace(RECIPES["mini-maverick"], steps=1, horizon=2, finish=1, warmup=1, batch_size=2, workers=1)
+    job = (Llama4Config.preset("mini-maverick"), WEIGHTS / "mini-scout", recipe, tmp_path)
+    first, again = train(*job), train(*job)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(again.embed_tokens.weight, load_checkpoint("mini-scout").embed_tokens.weight)

@@ -215,7 +215,7 @@ class Lessons:
             return
         of = teacher_file(job["teacher"], self.recipe)
         file = of.with_name(f"{of.stem}-{len(pool)}-{job['top_k']}-{job['temperature']}.targets")
-        if not file.exists() and is_shipped(job):
+        if not file.exists() and not of.exists() and is_shipped(job):  # a teacher trained here is asked itself
             file = SHIPPED
         elif not file.exists():
             teacher = load_teacher(job["teacher"], self.recipe)

@@ -185,7 +185,7 @@ def plan(**changes) -> list[dict]:
 
 
 def recipe() -> dict:
-    guess = chance(held_out_questions(60)).values()
+    guess = chance(held_out_questions(PER_CELL)).values()
     file = WEIGHTS / "mini-scout" / "model.safetensors"
     return {
         "model": "mini-scout",
