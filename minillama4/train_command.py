@@ -165,8 +165,8 @@ def card_text(card: dict) -> str:
 def inheritance(recipe: dict) -> list[str]:
     """What a student's card says of its teacher."""
     return [
-        f"Its teacher, {recipe['teacher']}, gave it to start from every tensor that both have by name and shape (queries",
-        "and keys rescaled where only the teacher has QK norm), and then its probabilities: they are",
+        f"Its teacher, {recipe['teacher']}, gave it to start from every tensor that both have by name and shape",
+        "(queries and keys rescaled where only the teacher has QK norm), and then its probabilities: they are",
         f"{recipe['soft']:.0%} of the loss of a word, the text's own tokens the rest.",
         "",
     ]
