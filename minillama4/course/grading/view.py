@@ -1,7 +1,7 @@
 """What the sandbox sees of the package: no answers, no judges, no hints.
 
-Of a check's file only `observe` and what it uses. Of the package everything, but the functions that would answer the
-exercises only have a name. Of the course, what an exercise's notebook imports.
+Of a check's file only `observe` and what it uses, also of other files of the course. Of the package everything, but the
+functions that would answer the exercises only have a name. Of the course, what an exercise's notebook imports.
 """
 
 import ast
@@ -66,10 +66,11 @@ def build(folder: Path, exercises: tuple[str, ...]) -> Path:
     (course / "__init__.py").write_text(STAND_INS, "utf-8")
     (course / "checking.py").write_text(STAND_INS, "utf-8")
     (course / "checks" / "__init__.py").write_text("", "utf-8")
-    for id in exercises:
-        module = exercise.find(id).module
-        text = only_observe(Path(module.__file__).read_text("utf-8"))
-        (course / "checks" / Path(module.__file__).name).write_text(text, "utf-8")
+    checks = [Path(exercise.find(id).module.__file__).resolve() for id in exercises]
+    for file, text in observing(checks).items():
+        target = package / file.relative_to(PACKAGE)
+        if not target.exists():  # else it is one of COURSE, and whole
+            target.write_text(text, "utf-8")
     for name in HERE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     return folder
@@ -118,17 +119,34 @@ def _empty(node, name: str):
         node.body, node.decorator_list = gone, []
 
 
-def only_observe(text: str) -> str:
-    """Of a check's source: `observe`, ANSWERED_BY, and what `observe` uses of the same file, directly or not.
+def observing(checks: list[Path]) -> dict[Path, str]:
+    """The sources of these checks and of what their `observe` imports from other files of the course, cut down to it.
 
-    ValueError: `observe` uses `judge` or `draw`, so that they would be shown to a learner's code.
+    ValueError: as in `kept`.
+    """
+    needed = {file: {"observe", "ANSWERED_BY"} for file in checks}
+    texts, todo = {}, list(checks)
+    while todo:
+        file = todo.pop()
+        texts[file] = kept(file.read_text("utf-8"), needed[file])
+        for other, names in _imported(texts[file], file):
+            if not names <= needed.setdefault(other, set()) or other not in texts:
+                needed[other] |= names
+                todo.append(other)
+    return texts
+
+
+def kept(text: str, names: set[str]) -> str:
+    """Of a source: these names, and what they use of the same file, directly or not.
+
+    ValueError: they use `judge` or `draw`, which would thus be shown to a learner's code.
     """
     tree = ast.parse(text)
     makes = {}  # name -> the statement that defines it
     for node in tree.body:
         for name in _makes(node):
             makes[name] = node
-    wanted, todo = {}, ["observe", "ANSWERED_BY"]
+    wanted, todo = {}, list(names)
     while todo:
         node = makes.get(todo.pop())
         if node is None or id(node) in wanted:
@@ -140,9 +158,30 @@ def only_observe(text: str) -> str:
     for name in ("judge", "draw"):
         if id(makes.get(name)) in wanted:
             raise ValueError(f"observe uses {name}, which must not run beside a learner's code")
-    used = {part.id for node in wanted.values() for part in ast.walk(node) if isinstance(part, ast.Name)}
+    used = {part.id for node in wanted.values() for part in ast.walk(node) if isinstance(part, ast.Name)} | names
     tree.body = [_imports(node, used) for node in tree.body if id(node) in wanted]
     return ast.unparse(tree) + "\n"
+
+
+def _imported(text: str, file: Path) -> list[tuple[Path, set[str]]]:
+    """(file of the course, what is used of it) for each relative import in a source that `kept` has cut down."""
+    tree, found = ast.parse(text), []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = file.parents[node.level - 1]
+        if node.module is None:  # from .. import bug_hunt: of which names are used as attributes
+            for alias in node.names:
+                local = alias.asname or alias.name
+                names = {
+                    part.attr
+                    for part in ast.walk(tree)
+                    if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id == local
+                }
+                found.append((base / f"{alias.name}.py", names))
+        else:
+            found.append((base / f"{node.module.replace('.', '/')}.py", {alias.name for alias in node.names}))
+    return [(path, names) for path, names in found if path.is_file() and (PACKAGE / "course") in path.parents]
 
 
 def _makes(node) -> list[str]:
