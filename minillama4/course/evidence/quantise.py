@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...checkpoint import WEIGHTS, load_checkpoint
+from ...distill import soft_loss
 from ...documents import Batch, Writer
 from ...evaluate import chance, held_out_questions
 from ...model import Llama4
@@ -142,12 +143,6 @@ def right(batch: Batch, logits: Tensor) -> Tensor:
     return ~wrong.any(1)
 
 
-def divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before || after) in nats of each token: logits [T, vocab] of both -> [T] float64."""
-    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
 def run(job: dict) -> dict:
     """Answers right, with Wilson's interval, how many were lost and won; KL from what was said before rounding."""
     test = exam(job["per_cell"])
@@ -160,7 +155,7 @@ def run(job: dict) -> dict:
         model.encode_images, pictures = Tensor.detach, test.vectors
     logits = [said(model, *each) for each in zip(test.batches, pictures, strict=True)]
     before, now = (torch.cat(list(map(right, test.batches, each))) for each in (test.logits, logits))
-    kl = torch.cat(list(map(divergence, test.logits, logits)))
+    kl = torch.cat([soft_loss(new.double(), old.double()) for old, new in zip(test.logits, logits, strict=True)])
     low, high = wilson(int(now.sum()), len(now))
     row |= {"right": int(now.sum()), "asked": len(now), "low": round(low, 4), "high": round(high, 4)}
     row |= {"lost": int((before & ~now).sum()), "won": int((now & ~before).sum())}
