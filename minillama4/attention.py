@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from .cache import LayerCache
 from .config import TextConfig
-from .linear import Linear
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Positions
@@ -169,10 +168,10 @@ class Attention(nn.Module):
         self.rotary = not config.is_nope(layer)
         self.chunk_size = config.chunk_size if config.is_local(layer) else None
         hidden, heads, kv_heads, dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = Linear(hidden, heads * dim)
-        self.k_proj = Linear(hidden, kv_heads * dim)
-        self.v_proj = Linear(hidden, kv_heads * dim)
-        self.o_proj = Linear(heads * dim, hidden)
+        self.q_proj = nn.Linear(hidden, heads * dim, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_heads * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, hidden, bias=False)
         self.probe = None  # set by `trace`: called with the very q and k that are about to be compared
 
     def forward(

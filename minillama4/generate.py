@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .decode import Step, is_plain
 from .model import Llama4
 
 PIECE = 4096  # prompt tokens a call: bounds activations, while the cache grows only in its NoPE layers
@@ -43,10 +44,13 @@ def steps(
     """Tokens of equally long prompts, [rows] a step, without looking for stop tokens. prompt: [rows, tokens]."""
     cache = model.new_cache(len(prompt), prompt.shape[1] + max_new_tokens)
     logits = prefill(model, prompt, pixel_values, cache)
-    for step in range(max_new_tokens):
+    step = Step(model, cache) if len(prompt) == 1 and is_plain(model) else None
+    for left in reversed(range(max_new_tokens)):
         token = sample(logits, temperature, top_p, generator)
         yield token
-        if step < max_new_tokens - 1:
+        if left and step is not None:
+            logits = step(int(token))[None]
+        elif left:
             logits = model(token[:, None], cache=cache, logits="last")[:, -1]
 
 

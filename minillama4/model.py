@@ -14,7 +14,6 @@ from .attention import Attention, inverse_frequencies, rotation, temperature
 from .cache import KVCache, LayerCache
 from .config import Llama4Config, TextConfig
 from .fusion import merge_image_embeddings
-from .linear import Linear
 from .moe import FeedForward, MoE
 from .vision import build_vision
 
@@ -69,7 +68,7 @@ class Llama4(nn.Module):
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(Block(text, layer) for layer in range(text.num_layers))
         self.norm = RMSNorm(text.hidden_size, text.norm_eps)
-        self.lm_head = Linear(text.hidden_size, text.vocab_size)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if self.config.vision is not None:
             self.vision_model, self.multi_modal_projector = build_vision(self.config.vision, text.hidden_size)
 

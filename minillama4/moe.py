@@ -5,13 +5,14 @@ Source: Meta's `models/llama4/moe.py`; Llama 4 has no softmax here and no weight
 Hugging Face's code run every expert on every token; only the chosen ones are computed here, with the same result.
 """
 
+import weakref
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .linear import Linear, row_product
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
@@ -19,27 +20,42 @@ def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
 
     counts_E: how many rows each expert has; 0 is fine. The single door to faster backends.
     """
-    if worth_padding(counts_E):
-        return _padded_product(x_TD, w_EDF, counts_E)
-    return _GroupedProduct.apply(x_TD, w_EDF, counts_E)
-
-
-def worth_padding(counts_E: list[int]) -> bool:
-    """Small groups (1 to 16 rows on average) are bound by reading and writing weights: padding rows up to four times
-    costs little there, and two threads share experts better than they share one small product."""
-    experts, rows = len(counts_E), sum(counts_E)
-    small = experts <= rows <= 16 * experts
-    return small and experts * max(counts_E) <= 4 * rows and torch.get_num_threads() > 1
-
-
-def _padded_product(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
-    """All groups in one batched product, filled up with zeros to the largest one (R rows)."""
+    if not worth_padding(counts_E):
+        return _GroupedProduct.apply(x_TD, w_EDF, counts_E)
+    # All groups in one batched product, filled up with zeros to the largest one (R rows).
     experts, largest = len(counts_E), max(counts_E)
     counts = torch.tensor(counts_E, device=x_TD.device)
     gap_E = torch.arange(experts, device=x_TD.device) * largest - (counts.cumsum(0) - counts)
     slot_T = torch.arange(len(x_TD), device=x_TD.device) + gap_E.repeat_interleave(counts)  # row e * R + i of group e
     x_ERD = x_TD.new_zeros(experts * largest, x_TD.shape[1]).index_copy(0, slot_T, x_TD).view(experts, largest, -1)
-    return torch.bmm(x_ERD, w_EDF).flatten(0, 1)[slot_T]
+    return _BatchedProduct.apply(x_ERD, w_EDF).flatten(0, 1).index_select(0, slot_T)
+
+
+def worth_padding(counts_E: list[int]) -> bool:
+    """Whether one padded product beats a loop: two threads share experts better than they share one small product.
+
+    Up to half as many rows more, or up to four times as many where groups are small (16 rows or fewer on average) and
+    reading and writing weights is what takes the time. Below 4 rows on average, a loop reads fewer weights.
+    """
+    experts, rows = len(counts_E), sum(counts_E)
+    most = 4 if rows <= 16 * experts else 1.5
+    return 4 * experts <= rows and experts * max(counts_E) <= most * rows and torch.get_num_threads() > 1
+
+
+class _BatchedProduct(torch.autograd.Function):
+    """`torch.bmm` [E, R, D] @ [E, D, F] -> [E, R, F], whose weight gradient lies in kept memory."""
+
+    @staticmethod
+    def forward(ctx, x_ERD, w_EDF):
+        ctx.save_for_backward(x_ERD, w_EDF)
+        return torch.bmm(x_ERD, w_EDF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_ERF):
+        x_ERD, w_EDF = ctx.saved_tensors
+        grad_w_EDF = torch.bmm(x_ERD.mT, grad_ERF, out=_memory_for_gradient(w_EDF))
+        return torch.bmm(grad_ERF, w_EDF.mT), grad_w_EDF
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -58,9 +74,10 @@ class _GroupedProduct(torch.autograd.Function):
         return y_TF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TF):
         x_TD, w_EDF = ctx.saved_tensors
-        grad_x_TD, grad_w_EDF = torch.empty_like(x_TD), torch.empty_like(w_EDF)
+        grad_x_TD, grad_w_EDF = torch.empty_like(x_TD), _memory_for_gradient(w_EDF)
         for expert, rows in _groups(ctx.counts_E):
             torch.mm(grad_TF[rows], w_EDF[expert].T, out=grad_x_TD[rows])
             torch.mm(x_TD[rows].T, grad_TF[rows], out=grad_w_EDF[expert])
@@ -79,17 +96,55 @@ def _groups(counts_E: list[int]) -> Iterator[tuple[int, slice]]:
             yield expert, slice(start, end)
 
 
+_spare = WeakTensorKeyDictionary()  # of each weight: memory for its gradient that no tensor lies in
+
+
+def _memory_for_gradient(weight: Tensor) -> Tensor:
+    """An empty tensor like `weight`, in the memory of an earlier gradient if that is gone.
+
+    `zero_grad` frees a gradient, and the system takes back large memory and clears every page before it returns: with
+    64 experts of 8 tokens each that took as long as the rest of the backward pass.
+    """
+    if weight.device.type != "cpu":
+        return torch.empty_like(weight)
+    spare = _spare.setdefault(weight, [])
+    memory = spare.pop() if spare else torch.empty_like(weight, memory_format=torch.contiguous_format)
+    lent = memory.view(torch.uint8).numpy()  # a new object; it goes when the last tensor in it goes
+    weakref.finalize(lent, spare.append, memory).atexit = False
+    return torch.from_numpy(lent).view(weight.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs and computes silu once more instead of keeping that as well."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up: two tensors of one shape -> one more."""
+    return _SwiGLU.apply(gate, up)
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). A dense layer, and the shared expert."""
 
     def __init__(self, hidden_size: int, width: int):
         super().__init__()
-        self.gate_proj = Linear(hidden_size, width)
-        self.up_proj = Linear(hidden_size, width)
-        self.down_proj = Linear(width, hidden_size)
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Experts(nn.Module):
@@ -107,12 +162,12 @@ class Experts(nn.Module):
         """
         if len(x_TD) == 1:  # decode: nothing to sort
             expert = int(expert_T)
-            gate_TF, up_TF = row_product(x_TD, self.gate_up_proj[expert]).chunk(2, dim=-1)
-            return row_product(F.silu(gate_TF) * up_TF, self.down_proj[expert])
+            gate_TF, up_TF = (x_TD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
+            return swiglu(gate_TF, up_TF) @ self.down_proj[expert]
         order_T = expert_T.argsort(stable=True)
         counts_E = torch.bincount(expert_T, minlength=len(self.down_proj)).tolist()
-        gate_TF, up_TF = grouped_mm(x_TD[order_T], self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        y_TD = grouped_mm(F.silu(gate_TF) * up_TF, self.down_proj, counts_E)
+        gate_TF, up_TF = grouped_mm(x_TD.index_select(0, order_T), self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        y_TD = grouped_mm(swiglu(gate_TF, up_TF), self.down_proj, counts_E)
         return torch.empty_like(y_TD).index_copy(0, order_T, y_TD)  # back to token order
 
 
@@ -121,7 +176,7 @@ class MoE(nn.Module):
 
     def __init__(self, hidden_size: int, num_experts: int, expert_width: int):
         super().__init__()
-        self.router = Linear(hidden_size, num_experts)
+        self.router = nn.Linear(hidden_size, num_experts, bias=False)
         self.experts = Experts(num_experts, hidden_size, expert_width)
         self.shared_expert = FeedForward(hidden_size, expert_width)
         self.probe = None  # set by `trace`: called with the very routes that are about to be used

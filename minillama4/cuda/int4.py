@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linear import Linear
 from ..moe import Experts
 
 GROUP = 128
@@ -112,7 +111,7 @@ class Int4Matrix(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """`Linear` on packed weights: [..., inputs] -> [..., outputs]."""
+    """`nn.Linear` without bias on packed weights: [..., inputs] -> [..., outputs]."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype):
         super().__init__()
@@ -148,7 +147,8 @@ def to_int4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     meta device there is nothing to quantise, and the new tensors are as empty as the old ones.
     """
     for name, module in list(model.named_modules()):
-        if isinstance(module, Linear) and not name.endswith(".router"):
+        in_words = name.partition(".")[0] in ("layers", "lm_head")
+        if isinstance(module, nn.Linear) and in_words and not name.endswith(".router"):
             with torch.device("meta"):
                 packed = Int4Linear(module.in_features, module.out_features, dtype)
             weights = [(packed.weight, module.weight)]

@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import randomise, relative_error
 
-from minillama4 import linear as linear_module
 from minillama4 import moe as moe_module
-from minillama4.linear import Linear, row_product
-from minillama4.moe import Experts, FeedForward, MoE, grouped_mm, worth_padding
+from minillama4.moe import Experts, FeedForward, MoE, grouped_mm, swiglu, worth_padding
 
 D, WIDTH, E = 6, 10, 5
 
@@ -50,7 +48,7 @@ def router_that_chooses(moe, x_TD, expert_T, score=0.7):
     return x_TD
 
 
-def swiglu(x, gate, up, down):
+def mlp(x, gate, up, down):
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -66,11 +64,11 @@ def dense(moe: MoE, x: torch.Tensor, scale_output: bool = False) -> torch.Tensor
         for expert in range(len(logits)):
             gate, up = experts.gate_up_proj[expert].double().chunk(2, dim=1)
             down = experts.down_proj[expert].double()
-            y = score * swiglu(token, gate, up, down) if scale_output else swiglu(score * token, gate, up, down)
+            y = score * mlp(token, gate, up, down) if scale_output else mlp(score * token, gate, up, down)
             total = total + y * (expert == chosen)
         shared = moe.shared_expert
         weights = (w.weight.double().T for w in (shared.gate_proj, shared.up_proj, shared.down_proj))
-        out.append(total + swiglu(token, *weights))
+        out.append(total + mlp(token, *weights))
     return torch.stack(out).view_as(x)
 
 
@@ -144,7 +142,7 @@ def test_the_shared_expert_runs_on_every_token_unscaled(moe):
 def test_gate_comes_first_in_gate_up(moe):
     x, expert = draw(1, D), torch.tensor([2])
     gate, up = moe.experts.gate_up_proj[2, :, :WIDTH], moe.experts.gate_up_proj[2, :, WIDTH:]
-    torch.testing.assert_close(moe.experts(x, expert), swiglu(x, gate, up, moe.experts.down_proj[2]))
+    torch.testing.assert_close(moe.experts(x, expert), mlp(x, gate, up, moe.experts.down_proj[2]))
 
 
 def test_grouped_mm_multiplies_each_group_by_its_own_matrix():
@@ -154,36 +152,10 @@ def test_grouped_mm_multiplies_each_group_by_its_own_matrix():
     torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("outputs", [128, 129, 64])
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (3,), (2, 5)])
-def test_linear_gives_one_row_what_it_gives_many(outputs, rows, monkeypatch):
-    """One row goes through both halves of the weight, unless it is small or has no halves."""
-    monkeypatch.setattr(linear_module, "SMALL", 128 * 24)
-    linear = Linear(24, outputs)
-    x = draw(*rows, 24).requires_grad_()
-    wanted = x.double() @ linear.weight.double().T
-    got = linear(x)
-    assert got.shape == wanted.shape and relative_error(got, wanted) < 1e-6
-    push = draw(*got.shape, seed=3)
-    for mine, theirs in zip(
-        torch.autograd.grad((got * push).sum(), [x, linear.weight]),
-        torch.autograd.grad((wanted * push).sum(), [x, linear.weight]),
-        strict=True,
-    ):
-        assert relative_error(mine, theirs) < 1e-6
-
-
-def test_a_row_times_an_experts_matrix_is_the_plain_product(monkeypatch):
-    monkeypatch.setattr(linear_module, "SMALL", 0)
-    for inputs in (D, D + 1):  # with halves, and without
-        x, w = draw(1, inputs), draw(inputs, 7, seed=1)
-        assert relative_error(row_product(x, w), x.double() @ w.double()) < 1e-6
-
-
 def test_feed_forward_is_swiglu():
     ff = randomise(FeedForward(D, WIDTH))
     x = draw(2, 3, D)
-    torch.testing.assert_close(ff(x), swiglu(x, ff.gate_proj.weight.T, ff.up_proj.weight.T, ff.down_proj.weight.T))
+    torch.testing.assert_close(ff(x), mlp(x, ff.gate_proj.weight.T, ff.up_proj.weight.T, ff.down_proj.weight.T))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,11 +193,11 @@ def test_a_token_costs_the_same_with_8_experts_as_with_128(backend):
 
 @pytest.mark.parametrize("counts_E,pads", [
     ([8, 9, 7, 8], True),  # small groups, nearly even
-    ([1, 1, 1, 1], True),
-    ([4, 0, 0, 0], True),  # four times as many rows
-    ([5, 0, 0, 0, 0], False),  # more than that would waste work
-    ([100, 101, 99, 100], False),  # large groups fill both threads alone
-    ([1, 0, 0, 1, 0], False),  # fewer tokens than experts: most weights need not be read at all
+    ([16, 0, 0, 0], True),  # four times as many rows
+    ([21, 0, 0, 0, 0], False),  # more than that would waste work
+    ([100, 150, 99, 51], True),  # large groups: half as many again
+    ([100, 151, 99, 50], False),
+    ([4, 3, 4, 4], False),  # few tokens: experts without any need not be read at all
 ])  # fmt: skip
 def test_padding_is_used_only_where_it_costs_little(monkeypatch, counts_E, pads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -282,3 +254,64 @@ def test_experts_keep_their_dtype(moe):
     x = draw(1, 8, D).bfloat16()
     assert moe.bfloat16()(x).dtype == torch.bfloat16
     assert isinstance(moe.experts, Experts) and moe.experts.down_proj.shape == (E, WIDTH, D)
+
+
+def test_swiglu_and_its_gradients_against_autograd():
+    gate, up, push = (draw(7, WIDTH, seed=seed, dtype=torch.float64) for seed in range(3))
+    gate.requires_grad_(), up.requires_grad_()
+    mine, plain = swiglu(gate, up), F.silu(gate) * up
+    torch.testing.assert_close(mine, plain)
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    for a, b in zip(*(torch.autograd.grad(y, (gate, up), push) for y in (mine, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The memory of gradients
+
+
+def backward(moe: MoE, seed: int = 0) -> torch.Tensor:
+    """The gradient that arrives for the experts' down projection."""
+    moe(draw(2, 9, D, seed=seed)).square().sum().backward()
+    return moe.experts.down_proj.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_takes_the_memory_of_the_one_before(moe, dtype):
+    moe.to(dtype)
+    x = draw(2, 9, D, dtype=dtype)
+    places = []
+    for _ in range(3):
+        moe(x).square().sum().backward()
+        places.append([weight.grad.data_ptr() for weight in moe.experts.parameters()])
+        assert all(w.grad.dtype == dtype and w.grad.is_contiguous() for w in moe.experts.parameters())
+        moe.zero_grad()
+    assert places[0] == places[1] == places[2] and places[0][0] != places[0][1]
+
+
+def test_a_gradient_that_somebody_keeps_is_left_alone(moe):
+    kept = backward(moe)
+    alone = kept.clone()
+    moe.zero_grad()
+    second = backward(moe, seed=1)  # `kept` still lies where the first gradient lay
+    assert torch.equal(kept, alone) and not torch.equal(second, alone)
+    row = kept[2]  # nor may a view of it be overwritten
+    del kept
+    moe.zero_grad()
+    backward(moe, seed=2)
+    assert torch.equal(row, alone[2])
+
+
+def test_gradients_of_two_passes_add_up(moe):
+    first, second = (backward(moe, seed).clone() for seed in (0, 1))
+    moe.zero_grad()
+    torch.testing.assert_close(second - first, backward(moe, seed=1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_goes_with_the_weight():
+    moe = randomise(MoE(D, E, WIDTH))
+    before = len(moe_module._spare)
+    backward(moe)
+    assert len(moe_module._spare) == before + 2
+    del moe
+    assert len(moe_module._spare) == before

@@ -1,0 +1,111 @@
+"""The next token of one sequence on a CPU: the model of `model.py` as one flat loop over vectors.
+
+A step of a small model is a hundred products of one row, and calling modules and reshaping for them takes longer than
+the products. Here whatever stays the same from token to token is looked up once, a vector is a vector, and a step takes
+about half the time (`minillama4 bench cpu`, "generate"). `model.py` remains the definition: the step must equal it, and
+whoever watches or replaces a part of the model gets the model itself.
+
+Shapes: D hidden size, F expert width, E experts; one token's x is [D].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Attention, inverse_frequencies, rotate, rotation, temperature
+from .cache import KVCache, LayerCache
+from .model import Block, Llama4, RMSNorm
+from .moe import Experts, FeedForward, MoE
+
+PARTS = {nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, Block, Attention, FeedForward, Experts, MoE}
+
+
+def is_plain(model: Llama4) -> bool:
+    """Whether `Step` may stand for the model: float32 on a CPU, and no trace, hook, bias or other class in any part."""
+    parts = [p for part in (model.embed_tokens, model.layers, model.norm, model.lm_head) for p in part.modules()]
+    weights = [weight for part in parts for weight in part.parameters(recurse=False)]
+    return (
+        type(model) is Llama4
+        and all(type(part) in PARTS for part in parts)
+        and all(getattr(part, extra, None) is None for part in parts for extra in ("probe", "bias"))
+        and not any(p._forward_hooks or p._forward_pre_hooks or "forward" in vars(p) for p in (model, *parts))
+        and all(type(w) is nn.Parameter and w.dtype == torch.float32 and w.device.type == "cpu" for w in weights)
+    )
+
+
+class Step:
+    """`Step(model, cache)(token)` is `model(tensor([[token]]), cache=cache, logits="last")[0, 0]`: int -> [vocab].
+
+    It reads the weights where they are: make a new one after they were replaced. ValueError: a full cache.
+    """
+
+    def __init__(self, model: Llama4, cache: KVCache):
+        self.text, self.cache = model.config.text, cache
+        self.embedding, self.head = model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+        self.norm = model.norm.weight.detach()
+        self.layers = [Layer(block) for block in model.layers]
+
+    @torch.inference_mode()
+    def __call__(self, token: int) -> Tensor:
+        text, position = self.text, self.cache.length
+        self.cache.check_room(1, 1)
+        here = torch.tensor([position])
+        turn = rotation(here if text.chunk_size is None else here % text.chunk_size, inverse_frequencies(text))[0]
+        scale = temperature(here, text) if text.temperature_tuning else None
+        x = self.embedding[token]
+        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+            x = layer.feed_forward(layer.attention(x, turn, scale, cache, position))
+        self.cache.length += 1
+        return self.head.mv(normed(x, self.norm, text.norm_eps))
+
+
+class Layer:
+    """The weights of one `Block`, and its two halves for one token."""
+
+    def __init__(self, block: Block):
+        attention, moe = block.self_attn, block.feed_forward
+        self.config, self.rotary, self.eps = attention.config, attention.rotary, attention.config.norm_eps
+        weights = {name: weight.detach() for name, weight in block.named_parameters()}
+        self.attention_norm = weights["input_layernorm.weight"]
+        self.norm = weights["post_attention_layernorm.weight"]
+        self.q, self.k, self.v, self.o = (weights[f"self_attn.{name}_proj.weight"] for name in "qkvo")
+        dense = "feed_forward.shared_expert" if isinstance(moe, MoE) else "feed_forward"
+        self.gate, self.up, self.down = (weights[f"{dense}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        self.router = weights.get("feed_forward.router.weight")
+        if self.router is not None:  # used as x @ W, so their transposes are what a vector is multiplied with
+            self.experts_gate_up = weights["feed_forward.experts.gate_up_proj"].mT.unbind()
+            self.experts_down = weights["feed_forward.experts.down_proj"].mT.unbind()
+
+    def attention(self, x: Tensor, turn: Tensor, scale: Tensor | None, cache: LayerCache, position: int) -> Tensor:
+        """x plus what it attends to: [D] -> [D]."""
+        heads, dim = self.config.num_heads, self.config.head_dim
+        y = normed(x, self.attention_norm, self.eps)
+        q, k, v = self.q.mv(y), self.k.mv(y), self.v.mv(y)
+        if self.rotary:
+            both = rotate(torch.cat([q, k]).view(-1, dim), turn)  # [heads + kv_heads, dim]
+            if self.config.qk_norm:
+                both = F.rms_norm(both, (dim,), eps=self.eps)
+            q, k = both[:heads], both[heads:]
+        elif scale is not None:
+            q = q * scale
+        row = position if cache.chunk_size is None else position % cache.chunk_size
+        cache.k[0, row], cache.v[0, row] = k.view(-1, dim), v.view(-1, dim)
+        k, v = (seen.transpose(1, 2) for seen in cache.read_through(position))  # [1, kv_heads, seen, dim]
+        q = q.view(1, k.shape[1], -1, dim)  # the queries of a group side by side: they read the same keys
+        return torch.addmv(x, self.o, F.scaled_dot_product_attention(q, k, v).flatten())
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """x plus its shared expert (or dense layer) and its routed one: [D] -> [D]."""
+        y = normed(x, self.norm, self.eps)
+        x = torch.addmv(x, self.down, F.silu(self.gate.mv(y)) * self.up.mv(y))
+        if self.router is None:
+            return x
+        logits_E = self.router.mv(y)
+        expert = int(logits_E.argmax())
+        gate_F, up_F = self.experts_gate_up[expert].mv(y * logits_E[expert].sigmoid()).chunk(2)
+        return torch.addmv(x, self.experts_down[expert], F.silu(gate_F) * up_F)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`RMSNorm` of one vector; its mean square is a number of Python."""
+    return x * weight * (float(x.dot(x)) / len(x) + eps) ** -0.5
