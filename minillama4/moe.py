@@ -32,14 +32,12 @@ def grouped_mm(x_TD: Tensor, w_EDF: Tensor, counts_E: list[int]) -> Tensor:
 
 
 def worth_padding(counts_E: list[int]) -> bool:
-    """Whether one padded product beats a loop: two threads share experts better than they share one small product.
-
-    Up to half as many rows more, or up to four times as many where groups are small (16 rows or fewer on average) and
-    reading and writing weights is what takes the time. Below 4 rows on average, a loop reads fewer weights.
-    """
+    """Small groups (4 to 16 rows on average) are bound by reading and writing weights: padding rows up to four times
+    costs little there, and two threads share experts better than they share one small product. Of smaller ones, a loop
+    reads only those weights that are needed."""
     experts, rows = len(counts_E), sum(counts_E)
-    most = 4 if rows <= 16 * experts else 1.5
-    return 4 * experts <= rows and experts * max(counts_E) <= most * rows and torch.get_num_threads() > 1
+    small = 4 * experts <= rows <= 16 * experts
+    return small and experts * max(counts_E) <= 4 * rows and torch.get_num_threads() > 1
 
 
 class _BatchedProduct(torch.autograd.Function):
@@ -114,26 +112,6 @@ def _memory_for_gradient(weight: Tensor) -> Tensor:
     return torch.from_numpy(lent).view(weight.dtype)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, which keeps its two inputs and computes silu once more instead of keeping that as well."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up: two tensors of one shape -> one more."""
-    return _SwiGLU.apply(gate, up)
-
-
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). A dense layer, and the shared expert."""
 
@@ -144,7 +122,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
@@ -163,11 +141,11 @@ class Experts(nn.Module):
         if len(x_TD) == 1:  # decode: nothing to sort
             expert = int(expert_T)
             gate_TF, up_TF = (x_TD @ self.gate_up_proj[expert]).chunk(2, dim=-1)
-            return swiglu(gate_TF, up_TF) @ self.down_proj[expert]
+            return (F.silu(gate_TF) * up_TF) @ self.down_proj[expert]
         order_T = expert_T.argsort(stable=True)
         counts_E = torch.bincount(expert_T, minlength=len(self.down_proj)).tolist()
         gate_TF, up_TF = grouped_mm(x_TD.index_select(0, order_T), self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        y_TD = grouped_mm(swiglu(gate_TF, up_TF), self.down_proj, counts_E)
+        y_TD = grouped_mm(F.silu(gate_TF) * up_TF, self.down_proj, counts_E)
         return torch.empty_like(y_TD).index_copy(0, order_T, y_TD)  # back to token order
 
 

@@ -7,7 +7,8 @@ import torch
 from tiny_models import CONFIGS, SCOUT_LIKE, assert_same, build, picture_prompt, with_text, words
 from torch import nn
 
-from minillama4 import generate, trace
+from minillama4 import decode, generate, trace
+from minillama4.attention import rotate
 from minillama4.cuda.int4 import to_int4
 from minillama4.decode import Step, is_plain
 from minillama4.moe import MoE
@@ -139,3 +140,25 @@ def test_a_later_answer_knows_weights_that_were_changed_or_replaced(monkeypatch)
             patch.setattr(generate_module, "is_plain", lambda model: False)
             assert torch.equal(generate(model, words(5), max_new_tokens=9), after)
         before = after
+
+
+def test_a_step_uses_one_thread_and_gives_the_others_back(monkeypatch):
+    """Of a small model that has not read much; else it leaves the number of threads alone."""
+    model, seen = build(SCOUT_LIKE), []
+    monkeypatch.setattr(decode, "rotate", lambda x, turn: seen.append(torch.get_num_threads()) or rotate(x, turn))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Step(model, model.new_cache(1, 9))(7)
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+        for name in ("SMALL", "SHORT"):
+            seen.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(decode, name, 0)
+                Step(model, model.new_cache(1, 9))(7)
+            assert set(seen) == {2} and torch.get_num_threads() == 2
+        with pytest.raises(IndexError):
+            Step(model, model.new_cache(1, 9))(1000)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

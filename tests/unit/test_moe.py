@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import randomise, relative_error
 
 from minillama4 import moe as moe_module
-from minillama4.moe import Experts, FeedForward, MoE, grouped_mm, swiglu, worth_padding
+from minillama4.moe import Experts, FeedForward, MoE, grouped_mm, worth_padding
 
 D, WIDTH, E = 6, 10, 5
 
@@ -48,7 +48,7 @@ def router_that_chooses(moe, x_TD, expert_T, score=0.7):
     return x_TD
 
 
-def mlp(x, gate, up, down):
+def swiglu(x, gate, up, down):
     return (F.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -64,11 +64,11 @@ def dense(moe: MoE, x: torch.Tensor, scale_output: bool = False) -> torch.Tensor
         for expert in range(len(logits)):
             gate, up = experts.gate_up_proj[expert].double().chunk(2, dim=1)
             down = experts.down_proj[expert].double()
-            y = score * mlp(token, gate, up, down) if scale_output else mlp(score * token, gate, up, down)
+            y = score * swiglu(token, gate, up, down) if scale_output else swiglu(score * token, gate, up, down)
             total = total + y * (expert == chosen)
         shared = moe.shared_expert
         weights = (w.weight.double().T for w in (shared.gate_proj, shared.up_proj, shared.down_proj))
-        out.append(total + mlp(token, *weights))
+        out.append(total + swiglu(token, *weights))
     return torch.stack(out).view_as(x)
 
 
@@ -142,7 +142,7 @@ def test_the_shared_expert_runs_on_every_token_unscaled(moe):
 def test_gate_comes_first_in_gate_up(moe):
     x, expert = draw(1, D), torch.tensor([2])
     gate, up = moe.experts.gate_up_proj[2, :, :WIDTH], moe.experts.gate_up_proj[2, :, WIDTH:]
-    torch.testing.assert_close(moe.experts(x, expert), mlp(x, gate, up, moe.experts.down_proj[2]))
+    torch.testing.assert_close(moe.experts(x, expert), swiglu(x, gate, up, moe.experts.down_proj[2]))
 
 
 def test_grouped_mm_multiplies_each_group_by_its_own_matrix():
@@ -155,7 +155,7 @@ def test_grouped_mm_multiplies_each_group_by_its_own_matrix():
 def test_feed_forward_is_swiglu():
     ff = randomise(FeedForward(D, WIDTH))
     x = draw(2, 3, D)
-    torch.testing.assert_close(ff(x), mlp(x, ff.gate_proj.weight.T, ff.up_proj.weight.T, ff.down_proj.weight.T))
+    torch.testing.assert_close(ff(x), swiglu(x, ff.gate_proj.weight.T, ff.up_proj.weight.T, ff.down_proj.weight.T))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,8 +195,7 @@ def test_a_token_costs_the_same_with_8_experts_as_with_128(backend):
     ([8, 9, 7, 8], True),  # small groups, nearly even
     ([16, 0, 0, 0], True),  # four times as many rows
     ([21, 0, 0, 0, 0], False),  # more than that would waste work
-    ([100, 150, 99, 51], True),  # large groups: half as many again
-    ([100, 151, 99, 50], False),
+    ([100, 101, 99, 100], False),  # large groups fill both threads alone
     ([4, 3, 4, 4], False),  # few tokens: experts without any need not be read at all
 ])  # fmt: skip
 def test_padding_is_used_only_where_it_costs_little(monkeypatch, counts_E, pads):
@@ -254,16 +253,6 @@ def test_experts_keep_their_dtype(moe):
     x = draw(1, 8, D).bfloat16()
     assert moe.bfloat16()(x).dtype == torch.bfloat16
     assert isinstance(moe.experts, Experts) and moe.experts.down_proj.shape == (E, WIDTH, D)
-
-
-def test_swiglu_and_its_gradients_against_autograd():
-    gate, up, push = (draw(7, WIDTH, seed=seed, dtype=torch.float64) for seed in range(3))
-    gate.requires_grad_(), up.requires_grad_()
-    mine, plain = swiglu(gate, up), F.silu(gate) * up
-    torch.testing.assert_close(mine, plain)
-    assert torch.autograd.gradcheck(swiglu, (gate, up))
-    for a, b in zip(*(torch.autograd.grad(y, (gate, up), push) for y in (mine, plain)), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
