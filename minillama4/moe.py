@@ -76,12 +76,10 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx, grad_TF):
         x_TD, w_EDF = ctx.saved_tensors
         grad_x_TD, grad_w_EDF = torch.empty_like(x_TD), _memory_for_gradient(w_EDF)
-        for expert, rows in _groups(ctx.counts_E):
-            torch.mm(grad_TF[rows], w_EDF[expert].T, out=grad_x_TD[rows])
-            torch.mm(x_TD[rows].T, grad_TF[rows], out=grad_w_EDF[expert])
-        for expert, count in enumerate(ctx.counts_E):
-            if count == 0:
-                grad_w_EDF[expert].zero_()
+        rows = (tensor.split(ctx.counts_E) for tensor in (x_TD, grad_TF, grad_x_TD))
+        for x, grad, grad_x, w, grad_w in zip(*rows, w_EDF.mT.unbind(), grad_w_EDF.unbind(), strict=True):
+            torch.mm(grad, w, out=grad_x)
+            torch.mm(x.T, grad, out=grad_w)  # 0 where an expert has no rows
         return grad_x_TD, grad_w_EDF, None
 
 
