@@ -8,9 +8,6 @@ whoever watches or replaces a part of the model gets the model itself.
 Shapes: D hidden size, F expert width, E experts; one token's x is [D].
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +17,7 @@ from .cache import KVCache, LayerCache
 from .model import Block, Llama4, RMSNorm
 from .moe import Experts, FeedForward, MoE
 
-SMALL, SHORT = 1024, 8192  # hidden size, and tokens so far: below them one thread is faster than two
+LARGE = 1 << 16  # numbers in a matrix: from here on each half of it is worth a thread
 PARTS = {nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, Block, Attention, FeedForward, Experts, MoE}
 
 
@@ -46,7 +43,7 @@ class Step:
     def __init__(self, model: Llama4, cache: KVCache):
         self.text, self.cache = model.config.text, cache
         self.embedding, self.norm = model.embed_tokens.weight.detach(), model.norm.weight.detach()
-        self.head = model.lm_head.weight.detach()
+        self.head = halved(model.lm_head.weight.detach())
         self.layers = [Layer(block) for block in model.layers]
 
     @torch.inference_mode()
@@ -56,24 +53,11 @@ class Step:
         here = torch.tensor([position])
         turn = rotation(here if text.chunk_size is None else here % text.chunk_size, inverse_frequencies(text))[0]
         scale = temperature(here, text) if text.temperature_tuning else None
-        with one_thread() if text.hidden_size <= SMALL and position < SHORT else nullcontext():
-            x = self.embedding[token]
-            for layer, cache in zip(self.layers, self.cache.layers, strict=True):
-                x = layer.feed_forward(layer.attention(x, turn, scale, cache, position))
-            logits = self.head.mv(normed(x, self.norm, text.norm_eps))
+        x = self.embedding[token]
+        for layer, cache in zip(self.layers, self.cache.layers, strict=True):
+            x = layer.feed_forward(layer.attention(x, turn, scale, cache, position))
         self.cache.length += 1
-        return logits
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Products of one row end before a second thread has begun, and waiting for it costs up to a third of a step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        return product(self.head, normed(x, self.norm, text.norm_eps))
 
 
 class Layer:
@@ -85,19 +69,19 @@ class Layer:
         weights = {name: weight.detach() for name, weight in block.named_parameters()}
         self.attention_norm = weights["input_layernorm.weight"]
         self.norm = weights["post_attention_layernorm.weight"]
-        self.q, self.k, self.v, self.o = (weights[f"self_attn.{name}_proj.weight"] for name in "qkvo")
+        self.q, self.k, self.v, self.o = (halved(weights[f"self_attn.{name}_proj.weight"]) for name in "qkvo")
         dense = "feed_forward.shared_expert" if isinstance(moe, MoE) else "feed_forward"
-        self.gate, self.up, self.down = (weights[f"{dense}.{n}_proj.weight"] for n in ("gate", "up", "down"))
+        self.gate, self.up, self.down = (halved(weights[f"{dense}.{n}_proj.weight"]) for n in ("gate", "up", "down"))
         self.router = weights.get("feed_forward.router.weight")
-        if self.router is not None:  # used as x @ W, so their transposes are what a vector is multiplied with
-            self.experts_gate_up = weights["feed_forward.experts.gate_up_proj"].mT.unbind()
-            self.experts_down = weights["feed_forward.experts.down_proj"].mT.unbind()
+        if self.router is not None:
+            self.experts_gate_up = [halved(w) for w in weights["feed_forward.experts.gate_up_proj"].unbind()]
+            self.experts_down = [halved(w) for w in weights["feed_forward.experts.down_proj"].unbind()]
 
     def attention(self, x: Tensor, turn: Tensor, scale: Tensor | None, cache: LayerCache, position: int) -> Tensor:
         """x plus what it attends to: [D] -> [D]."""
         heads, dim = self.config.num_heads, self.config.head_dim
         y = normed(x, self.attention_norm, self.eps)
-        q, k, v = self.q.mv(y), self.k.mv(y), self.v.mv(y)
+        q, k, v = product(self.q, y), product(self.k, y), product(self.v, y)
         if self.rotary:
             both = rotate(torch.cat([q, k]).view(-1, dim), turn)  # [heads + kv_heads, dim]
             if self.config.qk_norm:
@@ -109,20 +93,43 @@ class Layer:
         cache.k[0, row], cache.v[0, row] = k.view(-1, dim), v.view(-1, dim)
         k, v = (seen.transpose(1, 2) for seen in cache.read_through(position))  # [1, kv_heads, seen, dim]
         q = q.view(1, k.shape[1], -1, dim)  # the queries of a group side by side: they read the same keys
-        return torch.addmv(x, self.o, F.scaled_dot_product_attention(q, k, v).flatten())
+        return x + product(self.o, F.scaled_dot_product_attention(q, k, v).flatten())
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """x plus its shared expert (or dense layer) and its routed one: [D] -> [D]."""
         y = normed(x, self.norm, self.eps)
-        x = torch.addmv(x, self.down, F.silu(self.gate.mv(y)) * self.up.mv(y))
+        x = x + product(self.down, F.silu(product(self.gate, y)) * product(self.up, y))
         if self.router is None:
             return x
         logits_E = self.router.mv(y)
         expert = int(logits_E.argmax())
-        gate_F, up_F = self.experts_gate_up[expert].mv(y * logits_E[expert].sigmoid()).chunk(2)
-        return torch.addmv(x, self.experts_down[expert], F.silu(gate_F) * up_F)
+        gate_F, up_F = expert_product(y * logits_E[expert].sigmoid(), self.experts_gate_up[expert]).chunk(2)
+        return x + expert_product(F.silu(gate_F) * up_F, self.experts_down[expert])
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`RMSNorm` of one vector; its mean square is a number of Python."""
     return x * weight * (float(x.dot(x)) / len(x) + eps) ** -0.5
+
+
+def halved(weight: Tensor) -> Tensor:
+    """A large matrix [N, K] as its upper and its lower half [2, N / 2, K], another as it is.
+
+    PyTorch multiplies a matrix with a vector on one core, which reads memory at half the speed of two; a batch of two
+    products has both.
+    """
+    return weight.view(2, -1, weight.shape[1]) if weight.numel() >= LARGE and len(weight) % 2 == 0 else weight
+
+
+def product(weight: Tensor, x: Tensor) -> Tensor:
+    """weight @ x, [outputs, inputs] `halved` and [inputs] -> [outputs]: each half gives half of the outputs."""
+    if weight.ndim == 2:
+        return weight.mv(x)
+    return torch.bmm(weight, x.expand(2, 1, -1).mT).flatten()  # strided like this, MKL takes its fast path
+
+
+def expert_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, [inputs] and [inputs, outputs] `halved` -> [outputs]: each half takes half of the inputs."""
+    if weight.ndim == 2:
+        return weight.T.mv(x)
+    return torch.bmm(x.view(2, 1, -1), weight).sum(0)[0]

@@ -8,9 +8,8 @@ from tiny_models import CONFIGS, SCOUT_LIKE, assert_same, build, picture_prompt,
 from torch import nn
 
 from minillama4 import decode, generate, trace
-from minillama4.attention import rotate
 from minillama4.cuda.int4 import to_int4
-from minillama4.decode import Step, is_plain
+from minillama4.decode import Step, expert_product, halved, is_plain, product
 from minillama4.moe import MoE
 
 generate_module = sys.modules["minillama4.generate"]  # `minillama4.generate` is the function
@@ -27,9 +26,11 @@ def model(request):
     return build(VARIANTS[request.param], seed=3)
 
 
+@pytest.mark.parametrize("large", [0, 1 << 16], ids=["halves", "whole"])
 @torch.no_grad()
-def test_a_step_gives_the_logits_and_the_cache_of_the_model(model):
+def test_a_step_gives_the_logits_and_the_cache_of_the_model(model, large, monkeypatch):
     """Over 40 positions after a picture: three borders of a chunk and four steps of the temperature."""
+    monkeypatch.setattr(decode, "LARGE", large)  # these matrices are small
     ids, pixels = picture_prompt()
     caches = [model.new_cache(1, ids.shape[1] + 40) for _ in range(2)]
     for cache in caches:
@@ -142,23 +143,13 @@ def test_a_later_answer_knows_weights_that_were_changed_or_replaced(monkeypatch)
         before = after
 
 
-def test_a_step_uses_one_thread_and_gives_the_others_back(monkeypatch):
-    """Of a small model that has not read much; else it leaves the number of threads alone."""
-    model, seen = build(SCOUT_LIKE), []
-    monkeypatch.setattr(decode, "rotate", lambda x, turn: seen.append(torch.get_num_threads()) or rotate(x, turn))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        Step(model, model.new_cache(1, 9))(7)
-        assert set(seen) == {1} and torch.get_num_threads() == 2
-        for name in ("SMALL", "SHORT"):
-            seen.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(decode, name, 0)
-                Step(model, model.new_cache(1, 9))(7)
-            assert set(seen) == {2} and torch.get_num_threads() == 2
-        with pytest.raises(IndexError):
-            Step(model, model.new_cache(1, 9))(1000)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("inputs,outputs", [(24, 128), (24, 129), (23, 128), (2, 2)])
+@pytest.mark.parametrize("large", [0, 1 << 16], ids=["halves", "whole"])
+def test_products_of_one_row_are_those_of_loops(monkeypatch, inputs, outputs, large):
+    """With halves where there are any, for weights that lie either way round."""
+    monkeypatch.setattr(decode, "LARGE", large)
+    x, weight = torch.randn(inputs), torch.randn(outputs, inputs)
+    wanted = [sum(a * b for a, b in zip(row, x.tolist(), strict=True)) for row in weight.tolist()]
+    assert_same(product(halved(weight), x), torch.tensor(wanted, dtype=torch.float64))
+    assert_same(expert_product(x, halved(weight.T.contiguous())), torch.tensor(wanted, dtype=torch.float64))
+    assert halved(weight).ndim == (3 if large == 0 and outputs % 2 == 0 else 2)
