@@ -30,10 +30,10 @@ lab: env
 demo: env
 	$(BIN)/minillama4 demo
 
-# What computes on one core, two at a time; then what uses both itself: kernels, sandboxes, a browser.
+# Two tests at a time; kernels, sandboxes and a browser are shared by the tests of one file, so those stay together.
 test: env
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 tests/contract tests/parity tests/unit tests/wrong_solutions
-	$(BIN)/python -m pytest -q -m "not slow" tests/grading tests/notebooks tests/browser
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/grading tests/notebooks tests/browser
 
 test-all: env
 	$(BIN)/python -m pytest -q

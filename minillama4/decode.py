@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, inverse_frequencies, rotate, rotation, temperature
+from .attention import Attention, inverse_frequencies, rotation, temperature
 from .cache import KVCache, LayerCache
 from .model import Block, Llama4, RMSNorm
 from .moe import Experts, FeedForward, MoE
 
 LARGE = 1 << 16  # numbers in a matrix: from here on each half of it is worth a thread
+BLOCK = 256  # positions whose angles are computed together
 PARTS = {nn.Embedding, nn.Linear, nn.ModuleList, RMSNorm, Block, Attention, FeedForward, Experts, MoE}
 
 
@@ -45,14 +46,23 @@ class Step:
         self.embedding, self.norm = model.embed_tokens.weight.detach(), model.norm.weight.detach()
         self.head = halved(model.lm_head.weight.detach())
         self.layers = [Layer(block) for block in model.layers]
+        self.block = range(0)  # the positions that `turns` and `scales` are of
+
+    def _look_up(self, block: range):
+        """Rotations [1, dim / 2] and temperatures of some positions, which cost no more together than one alone."""
+        text, here = self.text, torch.arange(block.start, block.stop)
+        inside = here if text.chunk_size is None else here % text.chunk_size
+        self.turns = rotation(inside, inverse_frequencies(text)).unbind()
+        self.scales = temperature(here, text).tolist() if text.temperature_tuning else [1.0] * len(block)
+        self.block = block
 
     @torch.inference_mode()
     def __call__(self, token: int) -> Tensor:
         text, position = self.text, self.cache.length
         self.cache.check_room(1, 1)
-        here = torch.tensor([position])
-        turn = rotation(here if text.chunk_size is None else here % text.chunk_size, inverse_frequencies(text))[0]
-        scale = temperature(here, text) if text.temperature_tuning else None
+        if position not in self.block:
+            self._look_up(range(position, position + BLOCK))
+        turn, scale = self.turns[position - self.block.start], self.scales[position - self.block.start]
         x = self.embedding[token]
         for layer, cache in zip(self.layers, self.cache.layers, strict=True):
             x = layer.feed_forward(layer.attention(x, turn, scale, cache, position))
@@ -77,17 +87,18 @@ class Layer:
             self.experts_gate_up = [halved(w) for w in weights["feed_forward.experts.gate_up_proj"].unbind()]
             self.experts_down = [halved(w) for w in weights["feed_forward.experts.down_proj"].unbind()]
 
-    def attention(self, x: Tensor, turn: Tensor, scale: Tensor | None, cache: LayerCache, position: int) -> Tensor:
+    def attention(self, x: Tensor, turn: Tensor, scale: float, cache: LayerCache, position: int) -> Tensor:
         """x plus what it attends to: [D] -> [D]."""
         heads, dim = self.config.num_heads, self.config.head_dim
         y = normed(x, self.attention_norm, self.eps)
         q, k, v = product(self.q, y), product(self.k, y), product(self.v, y)
         if self.rotary:
-            both = rotate(torch.cat([q, k]).view(-1, dim), turn)  # [heads + kv_heads, dim]
+            pairs = torch.view_as_complex(torch.cat([q, k]).view(-1, dim // 2, 2))  # as `rotate` does it
+            both = torch.view_as_real(pairs * turn).view(-1, dim)  # [heads + kv_heads, dim]
             if self.config.qk_norm:
                 both = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + self.eps)
             q, k = both[:heads], both[heads:]
-        elif scale is not None:
+        else:
             q = q * scale
         row = position if cache.chunk_size is None else position % cache.chunk_size
         cache.k[0, row], cache.v[0, row] = k.view(-1, dim), v.view(-1, dim)

@@ -31,6 +31,7 @@ def model(request):
 def test_a_step_gives_the_logits_and_the_cache_of_the_model(model, large, monkeypatch):
     """Over 40 positions after a picture: three borders of a chunk and four steps of the temperature."""
     monkeypatch.setattr(decode, "LARGE", large)  # these matrices are small
+    monkeypatch.setattr(decode, "BLOCK", 16)
     ids, pixels = picture_prompt()
     caches = [model.new_cache(1, ids.shape[1] + 40) for _ in range(2)]
     for cache in caches:
