@@ -99,7 +99,7 @@ def _memory_for_gradient(weight: Tensor) -> Tensor:
     """An empty tensor like `weight`, in the memory of an earlier gradient if that is gone.
 
     `zero_grad` frees a gradient, and the system takes back large memory and clears every page before it returns: with
-    64 experts of 8 tokens each that took as long as the rest of the backward pass.
+    64 experts of 8 tokens each that took as long as the rest of the backward pass. The memory goes with the weight.
     """
     if weight.device.type != "cpu":
         return torch.empty_like(weight)
