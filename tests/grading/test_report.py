@@ -110,7 +110,7 @@ def test_the_report_in_a_browser_wide_and_narrow_and_by_keyboard(made):
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None or not find_spec("playwright"):
         why = "the report in a browser: no Chromium (apt-get install chromium) or no Playwright"
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(why, pytrace=False)
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
     shots = Path(os.environ.get("MINILLAMA4_SCREENSHOTS") or made.parent)
     shots.mkdir(parents=True, exist_ok=True)
     look = Path(__file__).with_name("look.py")
