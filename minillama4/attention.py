@@ -65,6 +65,13 @@ def temperature(positions: Tensor, config: TextConfig) -> Tensor:
     return 1 + config.temperature_scale * torch.log1p(torch.floor((positions.float() + 1) / config.floor_scale))
 
 
+def angles(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor | None]:
+    """What all layers share at these positions [tokens]: rotations [tokens, 1, dim / 2], and temperatures or None."""
+    inside = positions if config.chunk_size is None else positions % config.chunk_size
+    turn = rotation(inside, inverse_frequencies(config, str(positions.device)))  # the chunk's start cancels in q.k
+    return turn, temperature(positions, config) if config.temperature_tuning else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention without a mask. A causal square, a rectangle that is seen whole, and sums of the two are enough.
 

@@ -1,9 +1,8 @@
 """The next token of one sequence on a CPU: the model of `model.py` as one flat loop over vectors.
 
 A step of a small model is a hundred products of one row, and calling modules and reshaping for them takes longer than
-the products. Here whatever stays the same from token to token is looked up once, a vector is a vector, and a step takes
-about half the time (`minillama4 bench cpu`, "generate"). `model.py` remains the definition: the step must equal it, and
-whoever watches or replaces a part of the model gets the model itself.
+the products. Here whatever stays the same from token to token is looked up once, and a vector is a vector. `model.py`
+remains the definition: the step must equal it, and whoever watches or replaces a part of the model gets the model.
 
 Shapes: D hidden size, F expert width, E experts; one token's x is [D].
 """
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention, inverse_frequencies, rotation, temperature
+from .attention import Attention, angles
 from .cache import KVCache, LayerCache
 from .model import Block, Llama4, RMSNorm
 from .moe import Experts, FeedForward, MoE
@@ -50,10 +49,8 @@ class Step:
 
     def _look_up(self, block: range):
         """Rotations [1, dim / 2] and temperatures of some positions, which cost no more together than one alone."""
-        text, here = self.text, torch.arange(block.start, block.stop)
-        inside = here if text.chunk_size is None else here % text.chunk_size
-        self.turns = rotation(inside, inverse_frequencies(text)).unbind()
-        self.scales = temperature(here, text).tolist() if text.temperature_tuning else [1.0] * len(block)
+        turns, scales = angles(torch.arange(block.start, block.stop), self.text)
+        self.turns, self.scales = turns.unbind(), [1.0] * len(block) if scales is None else scales.tolist()
         self.block = block
 
     @torch.inference_mode()
@@ -75,7 +72,8 @@ class Layer:
 
     def __init__(self, block: Block):
         attention, moe = block.self_attn, block.feed_forward
-        self.config, self.rotary, self.eps = attention.config, attention.rotary, attention.config.norm_eps
+        self.config, self.rotary, self.turned = attention.config, attention.rotary, attention.turned
+        self.eps = attention.config.norm_eps
         weights = {name: weight.detach() for name, weight in block.named_parameters()}
         self.attention_norm = weights["input_layernorm.weight"]
         self.norm = weights["post_attention_layernorm.weight"]
@@ -93,16 +91,13 @@ class Layer:
         y = normed(x, self.attention_norm, self.eps)
         q, k, v = product(self.q, y), product(self.k, y), product(self.v, y)
         if self.rotary:
-            pairs = torch.view_as_complex(torch.cat([q, k]).view(-1, dim // 2, 2))  # as `rotate` does it
-            both = torch.view_as_real(pairs * turn).view(-1, dim)  # [heads + kv_heads, dim]
-            if self.config.qk_norm:
-                both = both * torch.rsqrt(both.square().mean(-1, keepdim=True) + self.eps)
+            both = self.turned(torch.cat([q, k]).view(-1, dim), turn)  # [heads + kv_heads, dim]
             q, k = both[:heads], both[heads:]
         else:
             q = q * scale
-        row = position if cache.chunk_size is None else position % cache.chunk_size
-        cache.k[0, row], cache.v[0, row] = k.view(-1, dim), v.view(-1, dim)
-        k, v = (seen.transpose(1, 2) for seen in cache.read_through(position))  # [1, kv_heads, seen, dim]
+        seen_k, seen_v = cache.read_through(position)
+        seen_k[0, -1], seen_v[0, -1] = k.view(-1, dim), v.view(-1, dim)  # this token's own rows of the cache
+        k, v = seen_k.transpose(1, 2), seen_v.transpose(1, 2)  # [1, kv_heads, seen, dim]
         q = q.view(1, k.shape[1], -1, dim)  # the queries of a group side by side: they read the same keys
         return x + product(self.o, F.scaled_dot_product_attention(q, k, v).flatten())
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import Attention, inverse_frequencies, rotation, temperature
+from .attention import Attention, angles
 from .cache import KVCache, LayerCache
 from .config import Llama4Config, TextConfig
 from .fusion import merge_image_embeddings
@@ -173,10 +173,7 @@ class Llama4(nn.Module):
         start = cache.length if cache is not None else 0
         x = self.embed(input_ids, pixel_values, cache)
 
-        positions = torch.arange(start, start + tokens, device=x.device)
-        inside = positions if text.chunk_size is None else positions % text.chunk_size
-        turn = rotation(inside, inverse_frequencies(text, str(x.device)))  # the chunk's start cancels in every q.k
-        scale = temperature(positions, text) if text.temperature_tuning else None
+        turn, scale = angles(torch.arange(start, start + tokens, device=x.device), text)
         for layer, block in enumerate(self.layers):
             wanted = queries if layer == text.num_layers - 1 and queries >= 0 else tokens
             x = block(x, turn, scale, cache.layers[layer] if cache is not None else None, start, wanted)

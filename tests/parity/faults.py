@@ -67,7 +67,7 @@ def heated(x, text):
 def temperature_one_position_late(llama, patch):
     """floor(p / floor_scale) instead of floor((p + 1) / floor_scale)."""
     right = attention.temperature
-    patch.setattr(model, "temperature", lambda positions, text: right(positions - 1, text))
+    patch.setattr(attention, "temperature", lambda positions, text: right(positions - 1, text))
     return llama
 
 
@@ -95,8 +95,8 @@ def sliding_window(llama, patch):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=True).transpose(1, 2)
 
-    right = model.rotation
-    patch.setattr(model, "rotation", lambda positions, f: right(torch.arange(len(positions)), f))  # not mod chunk
+    right = attention.rotation
+    patch.setattr(attention, "rotation", lambda positions, f: right(torch.arange(len(positions)), f))  # not mod chunk
     patch.setattr(attention, "chunked_attention", window)
     return llama
 

@@ -24,7 +24,7 @@ from partner import make_pair
 from picture_faults import PICTURE_FAULTS, code_fault, tanh_gelu, vectors_reordered
 from tiny_models import CONFIGS, TOLERANCE, in_pieces, picture_prompt, rebuilt, relative_error, words
 
-from minillama4 import Llama4, model
+from minillama4 import Llama4, attention
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def test_temperature_by_index_in_the_call_breaks_decode(models, monkeypatch, nam
     ids = words(67)
     prefill = models[name](ids)
     assert relative_error(in_pieces(models[name], ids, [1] * 67), prefill) < TOLERANCE
-    right = model.temperature
-    monkeypatch.setattr(model, "temperature", lambda positions, text: right(positions - positions[0], text))
+    right = attention.temperature
+    monkeypatch.setattr(attention, "temperature", lambda positions, text: right(positions - positions[0], text))
     assert_moves(in_pieces(models[name], ids, [1] * 67), prefill)
 
 
@@ -94,8 +94,8 @@ def test_temperature_by_index_in_the_call_breaks_decode(models, monkeypatch, nam
 def test_rotary_position_by_index_in_the_call_breaks_decode(models, monkeypatch, name):
     ids = words(67)
     prefill = models[name](ids)
-    right = model.rotation
-    monkeypatch.setattr(model, "rotation", lambda positions, f: right(positions - positions[0], f))
+    right = attention.rotation
+    monkeypatch.setattr(attention, "rotation", lambda positions, f: right(positions - positions[0], f))
     assert_moves(in_pieces(models[name], ids, [1] * 67), prefill)
 
 
