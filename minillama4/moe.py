@@ -84,7 +84,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _groups(counts_E: list[int]) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of those experts that have any: few tokens would pay more for views of all than for products."""
+    """(expert, its rows) of those experts that have any; with few tokens, views of all would cost most of the time."""
     end = 0
     for expert, count in enumerate(counts_E):
         start, end = end, end + count
