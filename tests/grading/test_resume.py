@@ -85,6 +85,38 @@ def test_a_kill_leaves_no_process_and_changes_nothing_that_was_done(killed):
     assert (killed["folder"] / "report" / "run" / "seed").read_text() == killed["seed"]
 
 
+def running(word: str) -> list[str]:
+    """Command lines with this word in them."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        found += [line] if word in line else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "slow, part, before", [("bwrap", "run/job-anna", "import time; time.sleep(100)"), ("setpriv", "run/graded", "")]
+)
+def test_a_kill_while_something_starts_leaves_no_process(slow, part, before, sandbox, tmp_path):
+    """Between its start and its tie to the grader's life, which here are a second apart."""
+    save(notebook(RIGHT, before), tmp_path / "class" / "anna" / f"{NAME}.ipynb")
+    line, env = classroom.command(tmp_path / "class", tmp_path / "report")
+    word, fake = str(tmp_path / "report" / part), tmp_path / "bin"
+    fake.mkdir()
+    script = f'#!/bin/sh\ncase "$*" in *{word}*) touch {fake}/begun; sleep 1;; esac\nexec {shutil.which(slow)} "$@"\n'
+    (fake / slow).write_text(script)
+    (fake / slow).chmod(0o755)
+    assert kill_when(line, {**env, "PATH": f"{fake}:{env['PATH']}"}, (fake / "begun").exists)
+    assert running(word)
+    end = time.monotonic() + 10
+    while running(word) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert running(word) == []
+
+
 def test_a_second_run_does_nothing_again(killed):
     rows = killed["folder"] / "report" / "run" / "rows"
     before = {file.name: file.stat().st_mtime_ns for file in rows.iterdir()}

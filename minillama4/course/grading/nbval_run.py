@@ -98,7 +98,10 @@ class NbvalRun:
         return "graded"
 
     def _start(self, command: list, env: dict[str, str], log: str):
-        command = [*(["setpriv", "--pdeathsig=KILL"] if shutil.which("setpriv") else []), *map(str, command)]
+        command = [*map(str, command)]
+        if shutil.which("setpriv"):  # it dies with this process, even where that has died before it could say so
+            alive = ["sh", "-c", '[ "$PPID" = "$0" ] && exec "$@"', str(os.getpid())]
+            command = ["setpriv", "--pdeathsig=KILL", *alive, *command]
         with open(self.folder / log, "wb") as out:
             self.started.append(
                 subprocess.Popen(

@@ -27,6 +27,7 @@ POLL = 0.1
 MOST_WRITTEN = 64 * 2**20  # bytes of the one file that comes out
 MOST_PROCESSES = 100
 LONGEST_LINE = 40_000_000
+READY = b"ready\n"  # what box.py says on standard error before anything else
 ROOM = 256 * 2**20  # bytes of /tmp and of the home, each
 HIDDEN = ("minillama4", "transformers")  # of the libraries: the answers, and the partner that holds them too
 
@@ -186,13 +187,8 @@ class Sandbox:
             start_new_session=True,
         )  # fmt: skip
         said: list[bytes] = []
-        reader = threading.Thread(target=_keep_some, args=(process.stderr, said), daemon=True)
+        reader = threading.Thread(target=_attend, args=(process, first.encode(), said), daemon=True)
         reader.start()
-        try:
-            process.stdin.write(first.encode())
-            process.stdin.close()
-        except OSError:
-            pass
         allowed, patience = START_SECONDS, START_PATIENCE
         ended, polls, rest, computed, base, held = "", 0, b"", 0.0, 0.0, 0
         with open(out, "rb") as written:
@@ -247,10 +243,21 @@ def _end(process):
             pass
 
 
-def _keep_some(stream, said: list[bytes]):
-    for chunk in iter(lambda: stream.read1(65536), b""):
-        if len(said) < 4:
-            said.append(chunk)
+def _attend(process, first: bytes, said: list[bytes]):
+    """Tell box.py its first line once it says that it is there, and keep some of what else is said.
+
+    Not earlier: where the grader is killed while bubblewrap starts, what should die with it is not tied to it yet
+    (containers/bubblewrap, issue 633). What comes up then is told nothing, and ends.
+    """
+    try:
+        for line in iter(lambda: process.stderr.readline(65536), b""):
+            if line == READY:
+                with process.stdin as its:
+                    its.write(first)
+            elif len(said) < 20:
+                said.append(line)
+    except (OSError, ValueError):  # it has just ended
+        pass
 
 
 def _used(top: int) -> tuple[int, float]:
