@@ -30,10 +30,9 @@ lab: env
 demo: env
 	$(BIN)/minillama4 demo
 
-# Two tests at a time; kernels, sandboxes and a browser are shared by the tests of one file, so those stay together.
+# Two files at a time; models, kernels, sandboxes and a browser are shared by the tests of one file.
 test: env
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 tests/contract tests/parity tests/unit tests/wrong_solutions
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile tests/grading tests/notebooks tests/browser
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile
 
 test-all: env
 	$(BIN)/python -m pytest -q

@@ -1,10 +1,11 @@
 """Each pair of models is built once for all parity tests; no test changes its weights."""
 
 import pytest
-from partner import Pair, make_pair
 from tiny_models import CONFIGS
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
-def pair(request) -> Pair:
+def pair(request):
+    from partner import make_pair  # seconds to import, and with `-n 2` this file is read before anything starts
+
     return make_pair(CONFIGS[request.param])
