@@ -82,8 +82,8 @@ class Layer:
         self.gate, self.up, self.down = (halved(weights[f"{dense}.{n}_proj.weight"]) for n in ("gate", "up", "down"))
         self.router = weights.get("feed_forward.router.weight")
         if self.router is not None:
-            self.experts_gate_up = [halved(w) for w in weights["feed_forward.experts.gate_up_proj"].unbind()]
-            self.experts_down = [halved(w) for w in weights["feed_forward.experts.down_proj"].unbind()]
+            self.experts_gate_up = halved(weights["feed_forward.experts.gate_up_proj"]).unbind()
+            self.experts_down = halved(weights["feed_forward.experts.down_proj"]).unbind()
 
     def attention(self, x: Tensor, turn: Tensor, scale: float, cache: LayerCache, position: int) -> Tensor:
         """x plus what it attends to: [D] -> [D]."""
@@ -119,12 +119,13 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def halved(weight: Tensor) -> Tensor:
-    """A large matrix [N, K] as its upper and its lower half [2, N / 2, K], another as it is.
+    """Each large matrix [..., N, K] as its upper and its lower half [..., 2, N / 2, K], others as they are.
 
     PyTorch multiplies a matrix with a vector on one core, which reads memory at half the speed of two; a batch of two
     products has both.
     """
-    return weight.view(2, -1, weight.shape[1]) if weight.numel() >= LARGE and len(weight) % 2 == 0 else weight
+    rows, columns = weight.shape[-2:]
+    return weight.unflatten(-2, (2, -1)) if rows * columns >= LARGE and rows % 2 == 0 else weight
 
 
 def product(weight: Tensor, x: Tensor) -> Tensor:
