@@ -19,7 +19,8 @@ from minillama4.course import setup_env
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 PLANTS_PLACES = {  # to see them found
     *("tests/notebooks/test_guards.py", "tests/notebooks/test_course_notebooks.py", "tests/unit/test_observe.py"),
@@ -112,7 +113,7 @@ def test_make_test_runs_every_folder_of_tests():
     """It names none, and then pytest takes what pyproject.toml says."""
     line = next(line for line in make("--dry-run", "test").stdout.splitlines() if " pytest " in line)
     assert not [word for word in line.partition(" pytest ")[2].split() if (ROOT / word.partition("::")[0]).exists()]
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    settings = PYPROJECT["tool"]["pytest"]["ini_options"]
     assert settings["testpaths"] == ["tests"] and "--ignore" not in line + str(settings)
 
 

@@ -154,10 +154,15 @@ def needs_sandbox():
 
 def rooms(report: Path) -> list[str]:
     """Command lines of the processes that a sandbox of this report has left, or still has."""
+    return processes(f"{report.parent.name}/{report.name}/run/job", "mountinfo")
+
+
+def processes(word: str, file: str = "cmdline") -> list[str]:
+    """Command lines of the processes in whose `file` of /proc this word stands."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if f"{report.parent.name}/{report.name}/run/job" in (folder / "mountinfo").read_text():
+            if word in (folder / file).read_text(errors="replace"):
                 found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue

@@ -100,7 +100,7 @@ def test_rows_of_a_batch_do_not_mix():
 # Any pieces, the same logits
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=8), st.sampled_from(sorted(MODELS)), st.booleans())
 def test_any_pieces_give_the_logits_of_one_pass(sizes, name, pictures):
     """Across chunk borders, past floor_scale, and through the middle of a picture; hypothesis draws the pieces."""

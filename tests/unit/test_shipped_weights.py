@@ -94,7 +94,7 @@ def test_the_answers_come_from_the_picture(model, writer, items):
 
 
 def test_nope_layers_carry_the_picture_and_routing_matters_to_mini_scout(preset, model, writer, items):
-    items = items[::3]
+    items = items[::2]
     full = share(model, writer, items)
     with nope_layers_off(model):
         assert share(model, writer, items) < full - 0.2
